@@ -1,0 +1,68 @@
+/* The checker behind test_fox: counts passes and failures, compares arrays.
+ *
+ * A comparison passes only when "error <= tolerance" is true, so NaN fails by itself; Inf fails because its error is
+ * Inf or NaN. test_checker() in test_fox.c proves it on NaN, Inf and a 5% error. */
+#ifndef FOX_TESTS_CHECK_H
+#define FOX_TESTS_CHECK_H
+
+#include "../train/common.h"
+
+typedef struct Tests {
+    const char *only;      /* run only the groups whose name contains this; NULL: all */
+    const char *train_fox; /* path of the program for tests that start it */
+    const char *data;      /* the folder tests/data */
+    const char *scratch;   /* an empty folder, removed at the end */
+    bool quick;            /* smaller repetition counts, for sanitizer builds */
+    int passed, failed;
+} Tests;
+
+/* Counts one check and prints it when it failed. Returns ok. */
+FOX_PRINTF(3, 4)
+static inline bool check(Tests *t, bool ok, const char *format, ...) {
+    if (ok) {
+        t->passed++;
+    } else {
+        t->failed++;
+        va_list args;
+        va_start(args, format);
+        fputs("FAILED: ", stdout);
+        vprintf(format, args);
+        fputc('\n', stdout);
+        va_end(args);
+        fflush(stdout);
+    }
+    return ok;
+}
+
+/* ||a - ref|| / ||ref|| in double precision (||a|| where ref is all zero). NaN or Inf when an input has one. */
+static inline double relative_error(const float *a, const float *ref, int64_t n) {
+    double diff = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = (double)a[i] - (double)ref[i];
+        diff += d * d;
+        norm += (double)ref[i] * (double)ref[i];
+    }
+    return norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+}
+
+/* max |a - ref|; NaN when any element is NaN. */
+static inline double max_error(const float *a, const float *ref, int64_t n) {
+    double worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - (double)ref[i]);
+        if (!(d <= worst)) {
+            worst = d;
+        }
+        if (worst != worst) {
+            break;
+        }
+    }
+    return worst;
+}
+
+/* Checks error <= tolerance, naming what was compared. */
+static inline bool check_error(Tests *t, const char *what, double error, double tolerance) {
+    return check(t, error <= tolerance, "%s: error %.3g, allowed %.3g", what, error, tolerance);
+}
+
+#endif

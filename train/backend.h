@@ -1,0 +1,83 @@
+/* The back end: the one interface between the training loop and the machine that computes.
+ *
+ * Two implementations: cpu/backend_cpu.c (float32, fox_layers.h) and CUDA (bf16). The loop, checkpoints, logs and tests
+ * know only this table of functions. A Backend owns parameters, gradients, Adam's moments and activations; everybody
+ * else moves floats in and out of the flat parameter space of train/config.h with read() and write().
+ *
+ * One step of the loop:
+ *     for each micro-batch: forward_backward(x, y, scale)   gradients and loss accumulate, each times `scale`
+ *     update(&adamw, &stats)                                sum over ranks, clip, AdamW; then both are zero again
+ * with scale = 1 / (micro-batches of all ranks in the step), so loss and gradient are means over the step's tokens. */
+#ifndef FOX_BACKEND_H
+#define FOX_BACKEND_H
+
+#include "config.h"
+#include "ranks.h"
+
+/* How attention is pruned (DESIGN in docs/ACP.md). All three lose at most exp(log_tolerance) of any row's mass. */
+typedef enum AcpMode { ACP_OFF, ACP_PAPER, ACP_TIGHT } AcpMode;
+
+typedef struct BackendSpec {
+    FoxConfig config;
+    int B; /* sequences in a micro-batch */
+    int T; /* context */
+    AcpMode acp;
+    float log_tolerance; /* natural logarithm of the pruned mass allowed per row */
+    int recompute;       /* 0: keep every activation; 1: recompute the cheap layers; 2: whole blocks */
+    bool deterministic;
+} BackendSpec;
+
+/* What read() and write() address; each is table->total floats. */
+typedef enum FoxBuffer { FOX_PARAMS, FOX_GRADS, FOX_ADAM_M, FOX_ADAM_V } FoxBuffer;
+
+typedef struct AdamW {
+    double learning_rate, beta1, beta2, eps, weight_decay;
+    double grad_clip; /* largest gradient norm; 0: no clipping */
+    int64_t step;     /* 1 for the first update: bias correction */
+} AdamW;
+
+typedef struct StepStats {
+    double loss;      /* mean cross entropy of the step, over all ranks */
+    double grad_norm; /* before clipping, over all ranks */
+    bool applied;     /* false: loss or norm was not finite, and nothing was changed but the gradients, now zero */
+} StepStats;
+
+typedef struct Backend {
+    const char *name; /* "cpu", "cuda" */
+    FoxTable table;   /* of the model; owned by the back end */
+    BackendSpec spec;
+    void *self; /* the implementation's own state */
+
+    /* Prints the device and its memory by purpose, in bytes. */
+    void (*report)(const struct Backend *, FILE *out);
+    /* Bytes of device memory (cuda) or main memory (cpu) the back end holds. */
+    int64_t (*memory)(const struct Backend *);
+
+    /* Copies `count` floats of a buffer from `start` to `host`, or back. */
+    void (*read)(struct Backend *, FoxBuffer, int64_t start, int64_t count, float *host);
+    void (*write)(struct Backend *, FoxBuffer, int64_t start, int64_t count, const float *host);
+
+    /* Forward and backward of one micro-batch. tokens, targets: [B, T], each in [0, V). */
+    void (*forward_backward)(struct Backend *, const int32_t *tokens, const int32_t *targets, double scale);
+    /* Ends the step: all ranks call it together. Synchronous. */
+    void (*update)(struct Backend *, const AdamW *, StepStats *);
+    /* Forward only; losses: [B, T], cross entropy of each token. */
+    void (*evaluate)(struct Backend *, const int32_t *tokens, const int32_t *targets, float *losses);
+
+    /* Blocks of causal attention skipped, and all of them, per [layer, head], summed over the micro-batches since the
+     * last call; then starts again from zero. Both are L*H long. This rank only. */
+    void (*pruning)(struct Backend *, double *skipped, double *total);
+
+    /* Decoding, one token at a time with a key/value cache for up to max_tokens tokens. decode(): feeds the next token,
+     * logits: [V] for the one after. Keys that ACP would prune for good are dropped from the cache. */
+    void (*decode_begin)(struct Backend *, int max_tokens);
+    void (*decode)(struct Backend *, int32_t token, float *logits);
+    void (*decode_end)(struct Backend *);
+
+    void (*free)(struct Backend *);
+} Backend;
+
+/* Opens the CPU back end. `ranks` must outlive it. Parameters start at zero: fill them with write(). */
+bool backend_cpu_open(Backend *, const BackendSpec *, const Ranks *ranks, FoxError *);
+
+#endif

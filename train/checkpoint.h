@@ -1,0 +1,61 @@
+/* Checkpoints: a directory that the official PyTorch FoX loads with from_pretrained, and that a run resumes from.
+ *
+ *   OUT/step_00001000/config.json              the official keys
+ *                     model.safetensors        float32 master weights under the official names
+ *                     optimizer-00000-of-00001.safetensors   "exp_avg", "exp_avg_sq": a range of the flat space,
+ *                                              its start, length and total in the metadata
+ *                     state.json               step, tokens, data position, options of the run
+ *
+ * A checkpoint is written whole into OUT/tmp_step_..., synced, then renamed: a reader sees a whole one or none. A
+ * directory holding only config.json and model.safetensors (an official one) loads as a model, not as a run. */
+#ifndef FOX_CHECKPOINT_H
+#define FOX_CHECKPOINT_H
+
+#include "backend.h"
+#include "json.h"
+#include "ranks.h"
+
+/* Where a run stands; everything needed to continue it exactly. */
+typedef struct TrainState {
+    int64_t step;          /* updates done */
+    int64_t tokens;        /* tokens seen */
+    uint64_t seed;         /* of the data order and the initial weights */
+    int64_t next_window;   /* position in the global order of windows, over all epochs */
+    int64_t windows;       /* windows in one epoch, */
+    uint64_t data_hash;    /* and the fingerprint of shards and context they are counted in (dataloader_hash) */
+    int skipped_in_a_row;  /* updates refused for a non-finite loss or norm just before */
+    double best_val_loss;  /* smallest validation loss so far; NAN when there was none */
+    uint64_t param_hash;   /* hash of the parameters, checked after loading */
+} TrainState;
+
+/* Reads config.json of a checkpoint directory. Missing optional keys take the official defaults; an option this program
+ * does not compute (a window, grouped heads, fixed gates ...) is an error that names the key and its value. */
+bool checkpoint_read_config(const char *dir, FoxConfig *, FoxError *);
+
+/* Writes config.json's text. log_tolerance: NAN writes null. */
+void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance);
+
+/* Loads model.safetensors into the back end's parameters. Every tensor of the table must be there with its shape, and no
+ * other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too. */
+bool checkpoint_load_model(const char *dir, Backend *, FoxError *);
+
+/* Loads the optimizer's moments and state.json. Fails when the directory holds only a model. */
+bool checkpoint_load_state(const char *dir, Backend *, TrainState *, FoxError *);
+
+/* Writes OUT/step_%08d whole or not at all, all ranks together (on the CPU rank 0 writes). `settings` is a JSON object
+ * of the run's options, kept in state.json for the reader. On failure the message says why, the temporary directory is
+ * gone and earlier checkpoints stand. Fills path (may be NULL) with the directory's name. */
+bool checkpoint_save(const char *out_dir, Backend *, const Ranks *, const TrainState *, const char *settings, char path[1024],
+                     FoxError *);
+
+/* The newest whole checkpoint in out_dir: its directory in path. Returns false with no error text when there is none. */
+bool checkpoint_latest(const char *out_dir, char path[1024], FoxError *);
+
+/* Removes all but the newest `keep` checkpoints (keep <= 0: keeps all) and any leftovers of unfinished ones. Only
+ * directories of exactly the form this program writes are touched. */
+void checkpoint_prune(const char *out_dir, int keep);
+
+/* Hash of the parameters in the order of the table. */
+uint64_t checkpoint_param_hash(Backend *);
+
+#endif

@@ -1,0 +1,28 @@
+/* Files the careful way: whole reads, whole writes, errors in words. */
+#ifndef FOX_FILES_H
+#define FOX_FILES_H
+
+#include "common.h"
+
+/* Reads a whole regular file; text[length] = 0. The caller frees *text. `limit`: largest size accepted, in bytes. */
+bool file_read(const char *path, size_t limit, char **text, size_t *length, FoxError *);
+
+/* mkdir -p. */
+bool make_directories(const char *path, FoxError *);
+
+/* Paths matching a directory (all names that match `pattern` in it), a glob, or a single file; sorted by name. Fails
+ * when nothing matches. Free with path_list_free. */
+typedef struct PathList {
+    int count;
+    char **paths;
+} PathList;
+bool path_list(const char *where, const char *pattern, PathList *, FoxError *);
+void path_list_free(PathList *);
+
+/* Removes a directory of plain files (no subdirectories). */
+bool remove_directory(const char *path);
+
+/* fsync of a directory, so that a rename in it survives a power cut. */
+bool sync_directory(const char *path, FoxError *);
+
+#endif
