@@ -1,0 +1,142 @@
+# fox.c. `make` builds train_fox, make_shards and test_fox and says what it found; `make help` lists the rest.
+#
+#   make CC=clang     another compiler             make MPI=0        without MPI
+#   make OPENMP=0     one thread                   make SANITIZE=1   ASan + UBSan, everything below build/asan/
+
+CC       := $(if $(filter default,$(origin CC)),gcc,$(CC))
+SANITIZE ?= 0
+MPI      ?= 1
+OPENMP   ?= 1
+FUZZ_SECONDS ?= 60
+FUZZ_CC  ?= clang
+
+# ---- where things go: objects in $(BUILD)/, programs beside this file ($(BIN) is empty or ends with a slash)
+ifeq ($(SANITIZE),0)
+  BUILD := build/release
+  BIN   :=
+else ifeq ($(SANITIZE),fuzz)
+  BUILD := build/fuzz
+  BIN   := build/fuzz/
+else
+  BUILD := build/asan
+  BIN   := build/asan/
+endif
+
+# ---- what this machine has
+null :=
+hash := \#
+# $(call accepts,FLAGS,HEADER): FLAGS when the compiler makes a program with them that includes HEADER, else nothing
+accepts = $(shell printf '$(hash)include <$(2)>\nint main(void) { return 0; }\n' | \
+            $(CC) -x c - $(1) -o /dev/null 2>/dev/null && echo '$(1)')
+
+CC_VERSION   := $(shell $(CC) --version 2>/dev/null | head -n 1)
+NATIVE_FLAGS := $(call accepts,-march=native,stdio.h)
+OPENMP_FLAGS := $(if $(filter-out 0,$(OPENMP)),$(call accepts,-fopenmp,omp.h))
+MPICC        := $(if $(filter-out 0,$(MPI)),$(shell command -v mpicc))
+MPI_COMPILE  := $(if $(MPICC),$(shell $(MPICC) --showme:compile 2>/dev/null))
+MPI_LINK     := $(if $(MPICC),$(shell $(MPICC) --showme:link 2>/dev/null))
+MPI_FLAGS    := $(if $(MPI_LINK),$(call accepts,$(MPI_COMPILE) $(MPI_LINK),mpi.h))
+NVCC         := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+CUDA_ROOT    := $(if $(NVCC),$(patsubst %/bin/,%,$(dir $(NVCC))))
+NCCL         := $(firstword $(wildcard $(foreach root,$(NCCL_HOME) $(CUDA_ROOT) /usr,$(root)/include/nccl.h)))
+
+define FOUND
+compiler  $(CC_VERSION)
+OpenMP    $(if $(OPENMP_FLAGS),yes,$(if $(filter 0,$(OPENMP)),switched off,not found): one thread)
+MPI       $(if $(MPI_FLAGS),$(MPICC): mpirun starts several ranks,$(if $(filter 0,$(MPI)),switched off,Open MPI not \
+found): one rank)
+CUDA      $(or $(NVCC),nvcc not found)
+NCCL      $(or $(NCCL),nccl.h not found)
+building  the CPU program (float32)$(if $(NVCC),; nvcc is not used: these sources hold no CUDA back end)
+endef
+# Expanded in every recipe that compiles, shown by the first of them: a build says once what it is made of.
+announce = $(if $(announced),,$(eval announced := yes)$(info $(FOUND)))
+
+# ---- flags. Never -Ofast or -ffast-math: the program must see NaN and Inf, and sums keep their order.
+CFLAGS_BASE := -std=gnu11 -Wall -Wextra -MMD -MP -pthread $(OPENMP_FLAGS)
+LDLIBS      := $(OPENMP_FLAGS) -pthread -lm
+ifeq ($(SANITIZE),0)
+  OPTIMIZE := -O3 $(NATIVE_FLAGS)
+else ifeq ($(SANITIZE),fuzz)
+  OPTIMIZE := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined
+  LDLIBS   += -fsanitize=fuzzer,address,undefined
+else
+  OPTIMIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+  LDLIBS   += -fsanitize=address,undefined
+endif
+ifneq ($(MPI_FLAGS),)
+  CFLAGS_BASE += -DFOX_MPI $(MPI_COMPILE)
+  LDLIBS      += $(MPI_LINK)
+endif
+ALL_CFLAGS := $(CFLAGS_BASE) $(OPTIMIZE) $(CFLAGS)
+
+# The stamp holds the compiler and the flags, and changes only when they do: objects depend on it.
+STAMP := $(BUILD)/flags
+ifeq ($(filter clean help fuzz fuzz-run,$(MAKECMDGOALS)),)
+  $(shell mkdir -p $(BUILD); printf '%s\n' '$(CC) $(CC_VERSION) $(ALL_CFLAGS) $(LDFLAGS) $(LDLIBS)' > $(STAMP).new; \
+          cmp -s $(STAMP).new $(STAMP) && rm $(STAMP).new || mv $(STAMP).new $(STAMP))
+endif
+
+# ---- what is built from what
+LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c))
+PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox)
+FUZZERS  := $(patsubst fuzz/%.c,$(BUILD)/%,$(wildcard fuzz/fuzz_*.c))
+OBJECTS  := $(LIBRARY) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD)/scripts/make_shards.o \
+            $(patsubst %.c,$(BUILD)/%.o,$(wildcard fuzz/fuzz_*.c))
+
+.PHONY: all test demo bench clean help fuzz fuzz-run fuzzers
+.DELETE_ON_ERROR:
+all: $(PROGRAMS)
+
+$(BIN)train_fox:   $(BUILD)/train_fox.o
+$(BIN)make_shards: $(BUILD)/scripts/make_shards.o
+$(BIN)test_fox:    $(BUILD)/test_fox.o
+$(FUZZERS): $(BUILD)/%: $(BUILD)/fuzz/%.o
+$(PROGRAMS) $(FUZZERS): $(BUILD)/libfox.a
+	@echo 'link      $@'
+	@$(CC) $(LDFLAGS) $(filter %.o,$^) $(BUILD)/libfox.a $(LDLIBS) -o $@
+
+$(BUILD)/libfox.a: $(LIBRARY)
+	@rm -f $@ && ar rcs $@ $^
+
+# $(call compile,FLAGS)
+compile = $(announce)@mkdir -p $(@D) && echo 'compile   $<' && $(CC) $(ALL_CFLAGS) $(1) -c $< -o $@
+$(BUILD)/%.o: %.c $(STAMP)
+	$(call compile)
+# Without a CUDA back end train_fox.cu is plain C. With one, nvcc compiles it: this is the rule that changes.
+$(BUILD)/%.o: %.cu $(STAMP)
+	$(call compile,-x c)
+$(STAMP):
+-include $(OBJECTS:.o=.d)
+
+test: $(PROGRAMS)
+	$(BIN)test_fox $(if $(filter-out 0,$(SANITIZE)),--quick)
+
+demo: $(PROGRAMS)
+	@sh scripts/demo.sh
+
+bench: $(PROGRAMS)
+	@sh scripts/bench_cpu.sh
+
+# The fuzzers are built apart, by clang, with the sanitizers in every object.
+fuzz:
+	@$(MAKE) --no-print-directory SANITIZE=fuzz MPI=0 OPENMP=0 CC=$(FUZZ_CC) fuzzers
+fuzzers: $(FUZZERS)
+fuzz-run: fuzz
+	@set -e; for f in $(patsubst fuzz/%.c,%,$(wildcard fuzz/fuzz_*.c)); do \
+	    echo "== $$f, $(FUZZ_SECONDS) s"; mkdir -p build/fuzz/corpus/$$f; \
+	    build/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1 \
+	        -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f; done
+
+clean:
+	rm -rf build demo train_fox make_shards test_fox
+
+help:
+	@echo 'make            train_fox, make_shards, test_fox; prints what was found and what is built'
+	@echo 'make test       the tests; make SANITIZE=1 test: the quick suite under ASan and UBSan'
+	@echo 'make demo       trains a small FoX on text of this machine, within 4 minutes on two cores'
+	@echo 'make bench      speed of the CPU program in tokens/s'
+	@echo 'make fuzz       the fuzzers (clang); make fuzz-run FUZZ_SECONDS=60 runs each of them'
+	@echo 'make clean      removes what make and make demo made'
+	@echo 'Settings: CC=clang, MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
+	@echo 'Then: ./make_shards --help, ./train_fox --help'
