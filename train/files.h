@@ -7,6 +7,10 @@
 /* Reads a whole regular file; text[length] = 0. The caller frees *text. `limit`: largest size accepted, in bytes. */
 bool file_read(const char *path, size_t limit, char **text, size_t *length, FoxError *);
 
+/* Ends a file that was written: flushes, syncs to the disk and closes. Fails with the system's reason when any write so
+ * far failed (a full disk). `file` is closed either way; NULL (a failed fopen, errno still set) fails too. */
+bool file_finish(FILE *file, const char *path, FoxError *);
+
 /* mkdir -p. */
 bool make_directories(const char *path, FoxError *);
 
@@ -19,7 +23,8 @@ typedef struct PathList {
 bool path_list(const char *where, const char *pattern, PathList *, FoxError *);
 void path_list_free(PathList *);
 
-/* Removes a directory of plain files (no subdirectories). */
+/* Removes a directory of plain files (no subdirectories). False when something is left of it; a path that is not a
+ * directory (a link to one, say) is not touched. */
 bool remove_directory(const char *path);
 
 /* fsync of a directory, so that a rename in it survives a power cut. */

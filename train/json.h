@@ -1,5 +1,5 @@
 /* A small JSON reader (RFC 8259) for config.json, vocab.json, state.json and safetensors headers, and the escaping that
- * the writers need. Reads untrusted bytes: bounded depth, no recursion on the input's say-so, exact error positions. */
+ * the writers need. Reads untrusted bytes: depth, number of values and memory are bounded, errors give the position. */
 #ifndef FOX_JSON_H
 #define FOX_JSON_H
 
