@@ -1,0 +1,272 @@
+#include "metrics.h"
+
+#include "json.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#define PLAIN_LINE_SECONDS 10 /* without a terminal: seconds between two lines */
+
+/* ---- metrics.jsonl */
+
+/* True when the line is a whole record of a step up to `last`. */
+static bool belongs_to_run(const char *line, size_t length, int64_t last) {
+    JsonDocument document;
+    if (length == 0 || line[length - 1] != '\n' || !json_parse(line, length, "metrics.jsonl", &document, NULL)) {
+        return false;
+    }
+    const Json *step = json_get(document.root, "step");
+    bool keep = step != NULL && step->is_integer && step->integer <= last;
+    json_free(&document);
+    return keep;
+}
+
+/* Rewrites the file without the lines after step `last`. */
+static bool cut_after(const char *path, int64_t last, FoxError *err) {
+    FILE *in = fopen(path, "r");
+    if (in == NULL) {
+        return errno == ENOENT || fox_fail(err, "%s: cannot read: %s", path, strerror(errno));
+    }
+    char temporary[1100];
+    snprintf(temporary, sizeof temporary, "%s.tmp", path);
+    FILE *out = fopen(temporary, "w");
+    bool ok = out != NULL;
+    char *line = NULL;
+    size_t capacity = 0;
+    for (ssize_t length; ok && (length = getline(&line, &capacity, in)) > 0;) {
+        if (belongs_to_run(line, (size_t)length, last)) {
+            ok = fwrite(line, 1, (size_t)length, out) == (size_t)length;
+        }
+    }
+    ok = ok && !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0;
+    int reason = errno;
+    free(line);
+    fclose(in);
+    if (out != NULL && fclose(out) != 0 && ok) {
+        reason = errno;
+        ok = false;
+    }
+    if (ok && rename(temporary, path) != 0) {
+        reason = errno;
+        ok = false;
+    }
+    if (!ok) {
+        unlink(temporary);
+        return fox_fail(err, "%s: cannot be rewritten for the resumed run: %s", temporary, strerror(reason));
+    }
+    return true;
+}
+
+bool metrics_open(Metrics *m, const char *out_dir, bool active, int64_t step, FoxError *err) {
+    memset(m, 0, sizeof *m);
+    m->fd = -1;
+    m->active = active;
+    if (!active) {
+        return true;
+    }
+    m->terminal = isatty(STDOUT_FILENO) == 1;
+    char path[1080];
+    snprintf(path, sizeof path, "%s/metrics.jsonl", out_dir);
+    if (step > 0 && !cut_after(path, step, err)) {
+        return false;
+    }
+    m->fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (step > 0 ? 0 : O_TRUNC), 0666);
+    return m->fd >= 0 || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
+}
+
+/* A record under construction in memory. */
+typedef struct Record {
+    FILE *stream;
+    char *text;
+    size_t length;
+} Record;
+
+static Record record_begin(const char *kind, int64_t step) {
+    Record r = {NULL, NULL, 0};
+    r.stream = open_memstream(&r.text, &r.length);
+    if (r.stream == NULL) {
+        fox_die("out of memory");
+    }
+    fprintf(r.stream, "{\"kind\": \"%s\", \"step\": %lld", kind, (long long)step);
+    return r;
+}
+
+static void record_number(Record *r, const char *key, double value) {
+    fprintf(r->stream, ", \"%s\": ", key);
+    json_write_number(r->stream, value);
+}
+
+static void record_integer(Record *r, const char *key, int64_t value) {
+    fprintf(r->stream, ", \"%s\": %lld", key, (long long)value);
+}
+
+/* Ends the line and appends it to the file: all of it, or nothing. */
+static void record_write(Metrics *m, Record *r) {
+    fputs("}\n", r->stream);
+    fclose(r->stream);
+    off_t end = lseek(m->fd, 0, SEEK_END);
+    ssize_t written = write(m->fd, r->text, r->length);
+    bool ok = written == (ssize_t)r->length;
+    if (!ok) {
+        int reason = written < 0 ? errno : ENOSPC;
+        if (written > 0 && end >= 0 && ftruncate(m->fd, end) != 0) {
+            reason = errno;
+        }
+        if (!m->write_failed) {
+            metrics_warn(m, "metrics.jsonl: cannot write: %s; training goes on, lines are missing until it works again",
+                         strerror(reason));
+        }
+    }
+    m->write_failed = !ok;
+    free(r->text);
+}
+
+void metrics_close(Metrics *m) {
+    if (m->live_width > 0) {
+        putchar('\n');
+        m->live_width = 0;
+    }
+    fflush(stdout);
+    if (m->fd >= 0) {
+        close(m->fd);
+        m->fd = -1;
+    }
+}
+
+void metrics_run(Metrics *m, int64_t step, const char *settings) {
+    if (m->active) {
+        Record r = record_begin("run", step);
+        fprintf(r.stream, ", \"settings\": %s", settings);
+        record_write(m, &r);
+    }
+}
+
+void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss) {
+    if (m->active) {
+        Record r = record_begin("validation", step);
+        record_integer(&r, "tokens", tokens);
+        record_number(&r, "loss", loss);
+        record_write(m, &r);
+    }
+}
+
+void metrics_pruning(Metrics *m, int64_t step, int layers, int heads, const double *skipped, const double *total) {
+    double all_skipped = 0, all = 0;
+    for (int i = 0; i < layers * heads; i++) {
+        all_skipped += skipped[i];
+        all += total[i];
+    }
+    if (!m->active || !(all > 0)) {
+        return;
+    }
+    Record r = record_begin("pruning", step);
+    record_number(&r, "pruned", all_skipped / all);
+    fputs(", \"layers\": [", r.stream);
+    for (int l = 0; l < layers; l++) {
+        for (int h = 0; h < heads; h++) {
+            int i = l * heads + h;
+            fputs(h > 0 ? ", " : l > 0 ? ", [" : "[", r.stream);
+            json_write_number(r.stream, total[i] > 0 ? skipped[i] / total[i] : (double)NAN);
+        }
+        fputc(']', r.stream);
+    }
+    fputc(']', r.stream);
+    record_write(m, &r);
+}
+
+/* ---- the screen */
+
+static void clear_live_line(Metrics *m) {
+    if (m->live_width > 0) {
+        printf("\r%*s\r", m->live_width, "");
+        fflush(stdout);
+        m->live_width = 0;
+    }
+}
+
+void metrics_say(Metrics *m, const char *format, ...) {
+    if (!m->active) {
+        return;
+    }
+    clear_live_line(m);
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    putchar('\n');
+    fflush(stdout);
+}
+
+void metrics_warn(Metrics *m, const char *format, ...) {
+    if (!m->active) {
+        return;
+    }
+    clear_live_line(m);
+    va_list args;
+    va_start(args, format);
+    fputs("train_fox: warning: ", stderr);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+}
+
+static void format_duration(char *out, size_t size, double seconds) {
+    long long s = seconds < 1e12 ? (long long)(seconds + 0.5) : 0;
+    if (s >= 86400) {
+        snprintf(out, size, "%lldd %lldh", s / 86400, s % 86400 / 3600);
+    } else if (s >= 3600) {
+        snprintf(out, size, "%lldh %02lldm", s / 3600, s % 3600 / 60);
+    } else {
+        snprintf(out, size, "%lldm %02llds", s / 60, s % 60);
+    }
+}
+
+static void show_progress(Metrics *m, const StepRecord *s) {
+    double weight = m->step_seconds > 0 ? 0.1 : 1;
+    m->step_seconds += weight * (s->seconds - m->step_seconds);
+    double now = fox_now();
+    bool due = s->step == s->steps || m->last_line == 0 || now - m->last_line >= PLAIN_LINE_SECONDS;
+    if (!m->terminal && !due) {
+        return;
+    }
+    char line[256], left[32], pruned[32] = "";
+    format_duration(left, sizeof left, m->step_seconds * (double)(s->steps - s->step));
+    if (s->pruned >= 0) {
+        snprintf(pruned, sizeof pruned, " | pruned %.1f%%", 100 * s->pruned);
+    }
+    int width = snprintf(line, sizeof line, "%3.0f%% | step %lld/%lld | loss %.4f | %.0f tokens/s%s | %s left",
+                         100.0 * (double)s->step / (double)s->steps, (long long)s->step, (long long)s->steps, s->loss,
+                         (double)s->step_tokens / m->step_seconds, pruned, left);
+    m->last_line = now;
+    if (m->terminal) {
+        printf("\r%s%*s", line, m->live_width > width ? m->live_width - width : 0, "");
+        m->live_width = width;
+    } else {
+        puts(line);
+    }
+    fflush(stdout);
+}
+
+void metrics_step(Metrics *m, const StepRecord *s) {
+    if (!m->active) {
+        return;
+    }
+    Record r = record_begin("step", s->step);
+    record_integer(&r, "tokens", s->tokens);
+    record_number(&r, "loss", s->loss);
+    record_number(&r, "lr", s->learning_rate);
+    record_number(&r, "grad_norm", s->grad_norm);
+    fprintf(r.stream, ", \"applied\": %s", s->applied ? "true" : "false");
+    record_number(&r, "step_ms", 1000 * s->seconds);
+    record_number(&r, "tokens_per_s", (double)s->step_tokens / s->seconds);
+    record_number(&r, "mfu", s->mfu);
+    record_number(&r, "pruned", s->pruned);
+    if (s->gpu_memory >= 0) {
+        record_integer(&r, "gpu_mem_bytes", s->gpu_memory);
+    } else {
+        fputs(", \"gpu_mem_bytes\": null", r.stream);
+    }
+    record_write(m, &r);
+    show_progress(m, s);
+}
