@@ -69,6 +69,10 @@ static inline void *fox_alloc(size_t bytes) {
 /* `count` zeroed elements of `type`. */
 #define FOX_NEW(type, count) ((type *)fox_alloc(sizeof(type) * (size_t)(count)))
 
+static inline int64_t fox_min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 /* Seconds on a clock that never goes back. */
 static inline double fox_now(void) {
     struct timespec t;
