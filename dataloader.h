@@ -242,6 +242,9 @@ static inline bool dataloader_read_header(const char *path, int64_t *tokens, int
 /* Fills loader->shards and the sums over them from loader->paths. */
 static inline bool dataloader_read_headers(DataLoader *loader, FoxError *err) {
     loader->shard_count = loader->paths.count;
+    if (loader->shard_count == 0) {
+        return fox_fail(err, "no token shards found");
+    }
     loader->shards = FOX_NEW(DataShard, loader->shard_count);
     int T = loader->spec.T;
     for (int i = 0; i < loader->shard_count; i++) {
