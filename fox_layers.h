@@ -166,11 +166,11 @@ static inline void token_shift_backward(float *dz, float *dalpha, const float *d
 /* Rotary position embedding in place (baseline only): the pair (x[i], x[i + D/2]) of each head turns by the angle
  * position * base^(-2i/D). direction +1 is the forward pass, -1 its inverse, which is also its gradient. x: [B, T, H*D],
  * the first token of each sequence at `position`. */
-static inline void rope(float *x, int B, int T, int H, int D, float base, int position, int direction) {
+static inline void rope(float *x, int B, int T, int H, int D, double base, int position, int direction) {
 #pragma omp parallel for
     for (int64_t n = 0; n < (int64_t)B * T; n++) {
         for (int i = 0; i < D / 2; i++) {
-            double angle = (double)(position + n % T) * pow((double)base, -2.0 * i / D);
+            double angle = (double)(position + n % T) * pow(base, -2.0 * i / D);
             float cosine = (float)cos(angle), sine = (float)(sin(angle) * direction);
             for (int h = 0; h < H; h++) {
                 float *a = x + (n * H + h) * D + i, *b = a + D / 2;
@@ -571,7 +571,7 @@ static inline void fox_model_free(FoxModel *m) {
 /* Everything that multiplies the normed input: q, k, v, and the logits of the output gate, forget gate and token shifts. */
 static inline void fox_project(const FoxConfig *config, const FoxLayerWeights *w, FoxActs *a, const float *x, int64_t N) {
     int d = config->hidden_size, H = config->num_heads;
-    rmsnorm_forward(a->h1, a->rstd1, x, w->attn_norm, N, 1, d, false, config->norm_eps);
+    rmsnorm_forward(a->h1, a->rstd1, x, w->attn_norm, N, 1, d, false, (float)config->norm_eps);
     linear_forward(a->q_lin, a->h1, w->q, N, d, d);
     linear_forward(a->k_lin, a->h1, w->k, N, d, d);
     linear_forward(a->v_lin, a->h1, w->v, N, d, d);
@@ -617,14 +617,14 @@ static inline void fox_output_and_mlp(const FoxConfig *config, const FoxLayerWei
                                       int64_t N) {
     int d = config->hidden_size, H = config->num_heads, F = config->intermediate_size;
     if (config->use_output_norm) {
-        rmsnorm_forward(a->o_norm, a->o_rstd, a->o, w->output_norm, N, H, d / H, false, config->norm_eps);
+        rmsnorm_forward(a->o_norm, a->o_rstd, a->o, w->output_norm, N, H, d / H, false, (float)config->norm_eps);
     }
     if (config->use_output_gate) {
         gate_forward(a->o_gated, a->o_norm, a->ogate, N * d);
     }
     memcpy(a->x2, x, sizeof(float) * (size_t)(N * d));
     gemm(N, d, d, 1, matrix(a->o_gated, d), transposed(w->o, d), 1, a->x2, d);
-    rmsnorm_forward(a->h2, a->rstd2, a->x2, w->mlp_norm, N, 1, d, false, config->norm_eps);
+    rmsnorm_forward(a->h2, a->rstd2, a->x2, w->mlp_norm, N, 1, d, false, (float)config->norm_eps);
     linear_forward(a->gate_up, a->h2, w->gate_up, N, d, 2 * F);
     swiglu_forward(a->act, a->gate_up, N, F);
     memcpy(x_out, a->x2, sizeof(float) * (size_t)(N * d));
@@ -755,7 +755,7 @@ static inline void fox_head(FoxModel *m, const int32_t *targets, float *losses, 
     int d = m->config.hidden_size, V = m->config.vocab_size;
     const float *w = fox_weight(m, m->params, m->table->lm_head);
     rmsnorm_forward(m->h, m->rstd, m->x + m->config.num_hidden_layers * N * d, fox_weight(m, m->params, m->table->norm), N, 1, d,
-                    false, m->config.norm_eps);
+                    false, (float)m->config.norm_eps);
     for (int64_t n = 0; n < N; n += FOX_HEAD_ROWS) {
         int64_t rows = fox_min64(N - n, FOX_HEAD_ROWS);
         linear_forward(m->logits, m->h + n * d, w, rows, d, V);

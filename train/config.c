@@ -39,7 +39,7 @@ const FoxPreset *fox_find_preset(const char *name) {
     return NULL;
 }
 
-int fox_intermediate_size(float hidden_ratio, int hidden_size) {
+int fox_intermediate_size(double hidden_ratio, int hidden_size) {
     double inner = (double)hidden_size * (double)hidden_ratio * 2 / 3;
     if (!(inner >= 1 && inner < 1e9)) {
         return 0; // which fox_config_check refuses
@@ -54,7 +54,7 @@ FoxConfig fox_preset_config(const FoxPreset *preset, int vocab_size) {
     c.hidden_size = preset->hidden_size;
     c.num_hidden_layers = preset->num_hidden_layers;
     c.num_heads = preset->num_heads;
-    c.hidden_ratio = preset->pro ? 3.5f : 4.0f;
+    c.hidden_ratio = preset->pro ? 3.5 : 4.0;
     c.intermediate_size = fox_intermediate_size(c.hidden_ratio, c.hidden_size);
     c.use_forget_gate = preset->fox;
     c.use_rope = !preset->fox;
@@ -81,7 +81,7 @@ static bool check_range(FoxError *err, const char *key, int value, int low, int 
            fox_fail(err, "%s is %d, expected %d to %d", key, value, low, high);
 }
 
-static bool check_positive(FoxError *err, const char *key, float value) {
+static bool check_positive(FoxError *err, const char *key, double value) {
     return (value > 0 && isfinite(value)) || fox_fail(err, "%s is %g, expected a positive number", key, (double)value);
 }
 

@@ -21,7 +21,7 @@ typedef struct FoxConfig {
     int num_hidden_layers; /* L */
     int num_heads;         /* H; the head width is D = d / H */
     int intermediate_size; /* inner width of the MLP */
-    float hidden_ratio;    /* r, from which intermediate_size was made; kept for config.json */
+    double hidden_ratio;   /* r, from which intermediate_size was made; kept for config.json */
     bool use_forget_gate;  /* fgate_type "full" (true) or "none" (false) */
     bool use_output_gate;
     bool use_output_norm;
@@ -30,8 +30,8 @@ typedef struct FoxConfig {
     bool use_k_shift;
     bool use_v_shift;
     bool use_rope;
-    float rope_base;
-    float norm_eps;
+    double rope_base;
+    double norm_eps;
 } FoxConfig;
 
 /* A preset: a model and the recipe its paper trained it with. */
@@ -80,7 +80,7 @@ const FoxPreset *fox_preset(int index);
 const FoxPreset *fox_find_preset(const char *name);
 
 /* Inner width of the MLP: 256 * ceil(int(2 r d / 3) / 256), as the official code rounds it. */
-int fox_intermediate_size(float hidden_ratio, int hidden_size);
+int fox_intermediate_size(double hidden_ratio, int hidden_size);
 
 /* The configuration of a preset for a vocabulary of V tokens. */
 FoxConfig fox_preset_config(const FoxPreset *preset, int vocab_size);
