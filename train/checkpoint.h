@@ -2,18 +2,23 @@
  *
  *   OUT/step_00001000/config.json              the official keys
  *                     model.safetensors        float32 master weights under the official names
- *                     optimizer-00000-of-00001.safetensors   "exp_avg", "exp_avg_sq": a range of the flat space,
- *                                              its start, length and total in the metadata
- *                     state.json               step, tokens, data position, options of the run
+ *                     optimizer-00000-of-00001.safetensors   "exp_avg", "exp_avg_sq": a range of the flat space;
+ *                                              its start, length, total and the layout's hash in the metadata. Several
+ *                                              files share the space in the order of their numbers
+ *                     state.json               step, tokens, data position, options of the run; numbers of 64 bits
+ *                                              without sign as hexadecimal strings
  *
- * A checkpoint is written whole into OUT/tmp_step_..., synced, then renamed: a reader sees a whole one or none. A
- * directory holding only config.json and model.safetensors (an official one) loads as a model, not as a run. */
+ * A checkpoint is written whole into OUT/tmp_step_..., synced, then renamed: a reader sees a whole one or none. One that
+ * stands there already under the same name is first renamed to OUT/old_step_..., which counts as a checkpoint as long as
+ * it exists, so that a kill between the two renames loses nothing. A directory holding only config.json and
+ * model.safetensors (an official one) loads as a model, not as a run. */
 #ifndef FOX_CHECKPOINT_H
 #define FOX_CHECKPOINT_H
 
 #include "backend.h"
 #include "json.h"
 #include "ranks.h"
+#include "safetensors.h"
 
 /* Where a run stands; everything needed to continue it exactly. */
 typedef struct TrainState {
@@ -25,12 +30,15 @@ typedef struct TrainState {
     uint64_t data_hash;    /* and the fingerprint of shards and context they are counted in (dataloader_hash) */
     int skipped_in_a_row;  /* updates refused for a non-finite loss or norm just before */
     double best_val_loss;  /* smallest validation loss so far; NAN when there was none */
-    uint64_t param_hash;   /* hash of the parameters, checked after loading */
+    uint64_t param_hash;   /* hash of the parameters; checkpoint_save computes it, checkpoint_load_state checks it */
 } TrainState;
 
 /* Reads config.json of a checkpoint directory. Missing optional keys take the official defaults; an option this program
  * does not compute (a window, grouped heads, fixed gates ...) is an error that names the key and its value. */
 bool checkpoint_read_config(const char *dir, FoxConfig *, FoxError *);
+
+/* The same from the metadata of a safetensors file, where every value is a string ("128", "True", "1e-06", "none"). */
+bool checkpoint_config_from_metadata(const SafeTensors *, FoxConfig *, FoxError *);
 
 /* Writes config.json's text. log_tolerance: NAN writes null. */
 void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance);
@@ -39,20 +47,23 @@ void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance)
  * other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too. */
 bool checkpoint_load_model(const char *dir, Backend *, FoxError *);
 
-/* Loads the optimizer's moments and state.json. Fails when the directory holds only a model. */
+/* Loads the optimizer's moments and state.json, after checkpoint_load_model. Fails when the directory holds only a model,
+ * and when the back end's parameters are not the ones the state was saved with. */
 bool checkpoint_load_state(const char *dir, Backend *, TrainState *, FoxError *);
 
-/* Writes OUT/step_%08d whole or not at all, all ranks together (on the CPU rank 0 writes). `settings` is a JSON object
- * of the run's options, kept in state.json for the reader. On failure the message says why, the temporary directory is
- * gone and earlier checkpoints stand. Fills path (may be NULL) with the directory's name. */
+/* Writes OUT/step_%08d whole or not at all, all ranks together (rank 0 writes, all get its result). `settings` is a JSON
+ * object of the run's options, kept in state.json for the reader (NULL: none). On failure the message says why, the
+ * temporary directory is gone and earlier checkpoints stand. Fills path (may be NULL) with the directory's name. */
 bool checkpoint_save(const char *out_dir, Backend *, const Ranks *, const TrainState *, const char *settings, char path[1024],
                      FoxError *);
 
-/* The newest whole checkpoint in out_dir: its directory in path. Returns false with no error text when there is none. */
+/* The newest whole checkpoint in out_dir: its directory in path. Warns on stderr when a newer one is damaged. Returns
+ * false with no error text when there is none, and false with an error when there are only damaged ones. Links and
+ * everything not named exactly as this program names it are passed over. */
 bool checkpoint_latest(const char *out_dir, char path[1024], FoxError *);
 
-/* Removes all but the newest `keep` checkpoints (keep <= 0: keeps all) and any leftovers of unfinished ones. Only
- * directories of exactly the form this program writes are touched. */
+/* Removes all but the newest `keep` whole checkpoints (keep <= 0: keeps all) and any leftovers of unfinished ones. Only
+ * directories of exactly the form this program writes are touched: one that holds any other file stays. */
 void checkpoint_prune(const char *out_dir, int keep);
 
 /* Hash of the parameters in the order of the table. */
