@@ -1,5 +1,6 @@
 #include "metrics.h"
 
+#include "files.h"
 #include "json.h"
 
 #include <errno.h>
@@ -31,7 +32,7 @@ static bool cut_after(const char *path, int64_t last, FoxError *err) {
     char temporary[1100];
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     FILE *out = fopen(temporary, "w");
-    bool ok = out != NULL;
+    bool ok = out != NULL || file_finish(NULL, temporary, err);
     char *line = NULL;
     size_t capacity = 0;
     for (ssize_t length; ok && (length = getline(&line, &capacity, in)) > 0;) {
@@ -39,33 +40,30 @@ static bool cut_after(const char *path, int64_t last, FoxError *err) {
             ok = fwrite(line, 1, (size_t)length, out) == (size_t)length;
         }
     }
-    ok = ok && !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0;
-    int reason = errno;
+    ok = ok && !ferror(in);
     free(line);
     fclose(in);
-    if (out != NULL && fclose(out) != 0 && ok) {
-        reason = errno;
-        ok = false;
-    }
+    ok = out != NULL && file_finish(out, temporary, err) && (ok || fox_fail(err, "%s: reading or copying it failed", path));
     if (ok && rename(temporary, path) != 0) {
-        reason = errno;
-        ok = false;
+        ok = fox_fail(err, "%s: cannot be renamed to metrics.jsonl: %s", temporary, strerror(errno));
     }
     if (!ok) {
         unlink(temporary);
-        return fox_fail(err, "%s: cannot be rewritten for the resumed run: %s", temporary, strerror(reason));
     }
-    return true;
+    return ok;
 }
 
-bool metrics_open(Metrics *m, const char *out_dir, bool active, int64_t step, FoxError *err) {
+void metrics_begin(Metrics *m, bool active) {
     memset(m, 0, sizeof *m);
     m->fd = -1;
     m->active = active;
-    if (!active) {
+    m->terminal = isatty(STDOUT_FILENO) == 1;
+}
+
+bool metrics_open(Metrics *m, const char *out_dir, int64_t step, FoxError *err) {
+    if (!m->active) {
         return true;
     }
-    m->terminal = isatty(STDOUT_FILENO) == 1;
     char path[1080];
     snprintf(path, sizeof path, "%s/metrics.jsonl", out_dir);
     if (step > 0 && !cut_after(path, step, err)) {
@@ -199,9 +197,6 @@ void metrics_say(Metrics *m, const char *format, ...) {
 }
 
 void metrics_warn(Metrics *m, const char *format, ...) {
-    if (!m->active) {
-        return;
-    }
     clear_live_line(m);
     va_list args;
     va_start(args, format);

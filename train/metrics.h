@@ -8,7 +8,7 @@
  * A value that is unknown or not finite is null.
  *
  * A line is written whole by one write(), or not at all. A failing disk is reported once and training goes on; lines
- * are written again when it recovers. Only rank 0 writes; on the other ranks every function here does nothing. */
+ * are written again when it recovers. Only rank 0 writes; on the other ranks these functions do nothing. */
 #ifndef FOX_METRICS_H
 #define FOX_METRICS_H
 
@@ -36,9 +36,12 @@ typedef struct StepRecord {
     int64_t gpu_memory; /* bytes; -1 without a GPU */
 } StepRecord;
 
+/* Prepares the screen; no file yet. */
+void metrics_begin(Metrics *, bool active);
 /* Opens OUT/metrics.jsonl. step 0 starts it anew; a resumed run (step > 0) appends, after the lines of later steps and
  * unfinished lines have been cut (into a temporary file, renamed when whole). */
-bool metrics_open(Metrics *, const char *out_dir, bool active, int64_t step, FoxError *);
+bool metrics_open(Metrics *, const char *out_dir, int64_t step, FoxError *);
+/* Leaves the screen in order and closes the file. Safe after metrics_begin alone. */
 void metrics_close(Metrics *);
 
 /* `settings`: a JSON object, written as it is. */
@@ -51,7 +54,7 @@ void metrics_pruning(Metrics *, int64_t step, int layers, int heads, const doubl
 
 /* Prints a line on stdout, after taking the live line away. */
 FOX_PRINTF(2, 3) void metrics_say(Metrics *, const char *format, ...);
-/* The same on stderr, as "train_fox: warning: ...". */
+/* The same on stderr, as "train_fox: warning: ..."; on any rank. */
 FOX_PRINTF(2, 3) void metrics_warn(Metrics *, const char *format, ...);
 
 #endif

@@ -74,42 +74,53 @@ int sample_generate(Backend *backend, const SampleSettings *settings, const int3
     return made;
 }
 
-/* Length of the valid, printable UTF-8 sequence at s, 0 when there is none. Overlong forms, surrogates and values over
- * U+10FFFF are invalid. */
-static size_t sequence_length(const uint8_t *s, size_t available) {
-    if (s[0] < 0x80) {
-        return s[0] == '\n' || s[0] == '\t' || (s[0] >= 0x20 && s[0] != 0x7f) ? 1 : 0;
+char *sample_text(Backend *backend, const Tokenizer *tokenizer, const SampleSettings *settings, const char *prompt,
+                  int max_tokens) {
+    TokenList list = {NULL, 0, 0};
+    token_list_push(&list, tokenizer->end_of_text); // every document begins with it
+    tokenizer_encode(tokenizer, prompt, strlen(prompt), &list);
+    int prompt_count = (int)list.count;
+    int32_t *tokens = FOX_NEW(int32_t, prompt_count + max_tokens);
+    for (int i = 0; i < prompt_count; i++) {
+        tokens[i] = list.tokens[i];
     }
-    size_t length = s[0] >= 0xc2 && s[0] <= 0xdf ? 2 : (s[0] & 0xf0) == 0xe0 ? 3 : s[0] >= 0xf0 && s[0] <= 0xf4 ? 4 : 0;
-    if (length == 0 || length > available) {
-        return 0;
+    free(list.tokens);
+    int count = prompt_count + sample_generate(backend, settings, tokens, prompt_count, tokenizer->end_of_text, max_tokens,
+                                               tokens + prompt_count);
+    size_t total = 0, length;
+    for (int i = 1; i < count; i++) {
+        tokenizer_token_bytes(tokenizer, tokens[i], &length);
+        total += length;
     }
-    for (size_t i = 1; i < length; i++) {
-        if ((s[i] & 0xc0) != 0x80) {
-            return 0;
+    uint8_t *bytes = FOX_NEW(uint8_t, total);
+    total = 0;
+    for (int i = 1; i < count; i++) {
+        const uint8_t *token = tokenizer_token_bytes(tokenizer, tokens[i], &length);
+        if (length > 0) { // a model may have more ids than its vocabulary has texts
+            memcpy(bytes + total, token, length);
+            total += length;
         }
     }
-    bool overlong = (s[0] == 0xe0 && s[1] < 0xa0) || (s[0] == 0xf0 && s[1] < 0x90);
-    bool surrogate = s[0] == 0xed && s[1] >= 0xa0;
-    bool too_large = s[0] == 0xf4 && s[1] >= 0x90;
-    bool control = s[0] == 0xc2 && s[1] < 0xa0;
-    return overlong || surrogate || too_large || control ? 0 : length;
+    char *text = printable_utf8(bytes, total);
+    free(bytes);
+    free(tokens);
+    return text;
 }
 
 char *printable_utf8(const uint8_t *bytes, size_t count) {
-    char *text = (char *)fox_alloc(3 * count + 1); // each byte becomes at most the three of U+FFFD
-    size_t length = 0;
-    for (size_t i = 0; i < count;) {
-        size_t valid = sequence_length(bytes + i, count - i);
-        if (valid > 0) {
-            memcpy(text + length, bytes + i, valid);
-            length += valid;
-            i += valid;
+    char *text = (char *)fox_alloc(3 * count + 1), *out = text; // each byte becomes at most the three of U+FFFD
+    const uint8_t *p = bytes, *end = bytes + count;
+    while (p < end) {
+        uint32_t c = 0;
+        int length = tokenizer_utf8(p, end, &c);
+        bool control = c < 0x20 ? c != '\n' && c != '\t' : c >= 0x7f && c < 0xa0;
+        if (length > 0 && !control) {
+            memcpy(out, p, (size_t)length);
+            out += length;
         } else {
-            memcpy(text + length, "\xef\xbf\xbd", 3);
-            length += 3;
-            i++;
+            out += tokenizer_put_utf8(0xfffd, (uint8_t *)out);
         }
+        p += length > 0 ? length : 1;
     }
     return text;
 }

@@ -1,0 +1,590 @@
+#include "trainer.h"
+
+#include "schedule.h"
+
+#include <signal.h>
+
+#define ADAM_BETA1 0.9
+#define ADAM_BETA2 0.95
+#define ADAM_EPS 1e-8
+#define BYTE_VOCABULARY 257 /* bytes and end of text */
+
+/* Set by SIGINT and SIGTERM; a handler can reach nothing but a global. */
+static volatile sig_atomic_t stop_requested = 0;
+
+/* The first signal asks for the end after this step, the second one ends at once. */
+static void on_signal(int number) {
+    if (stop_requested) {
+        _Exit(128 + number);
+    }
+    stop_requested = 1;
+}
+
+/* True on every rank when `ok` is true on all of them. Otherwise only the lowest rank that failed keeps its message. */
+static bool everyone(const Trainer *t, bool ok, FoxError *err) {
+    int size = t->ranks.size, rank = t->ranks.rank;
+    int lowest = size - ranks_max_int(&t->ranks, ok ? 0 : size - rank);
+    if (rank != lowest) {
+        err->text[0] = '\0';
+    }
+    return lowest == size;
+}
+
+static bool is_directory(const char *path) {
+    struct stat status;
+    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+/* What a writer of JSON writes, as a string. The caller frees it. */
+static char *options_json(const Options *options) {
+    char *text = NULL;
+    size_t length;
+    FILE *stream = open_memstream(&text, &length);
+    if (stream == NULL) {
+        fox_die("out of memory");
+    }
+    options_write_json(stream, options);
+    fclose(stream);
+    return text;
+}
+
+static char *config_json(const FoxConfig *config) {
+    char *text = NULL;
+    size_t length;
+    FILE *stream = open_memstream(&text, &length);
+    if (stream == NULL) {
+        fox_die("out of memory");
+    }
+    checkpoint_write_config(stream, config, (double)NAN);
+    fclose(stream);
+    return text;
+}
+
+static bool same_config(const FoxConfig *a, const FoxConfig *b) {
+    char *x = config_json(a), *y = config_json(b);
+    bool same = strcmp(x, y) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+/* ---- start */
+
+static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
+    Options *o = &t->options;
+    if (!options_parse(o, argc, argv, err) || o->help || o->version) {
+        return err->text[0] == '\0';
+    }
+    const FoxPreset *preset = fox_find_preset(o->model);
+    if (preset == NULL && !is_directory(o->model)) {
+        return fox_fail(err, "-e %s: neither a preset (--help lists them) nor a checkpoint folder", o->model);
+    }
+    if (o->device == DEVICE_CUDA) {
+        return fox_fail(err, "--device cuda: this program is built without CUDA; use --device cpu or auto");
+    }
+    // How much is validated must not change with the number of ranks, so it is counted in micro-batches of one rank.
+    Options alone = *o;
+    if (!options_resolve(&alone, preset, 1, err) || !options_resolve(o, preset, t->ranks.size, err)) {
+        return false;
+    }
+    t->val_windows = o->val_batches * alone.micro_batch;
+    t->micro_batches = (int)(o->batch_tokens / (o->context * o->micro_batch * t->ranks.size));
+    return true;
+}
+
+bool trainer_start(Trainer *t, int *argc, char ***argv, FoxError *err) {
+    memset(t, 0, sizeof *t);
+    memset(err, 0, sizeof *err);
+    t->saved_step = -1;
+    bool ok = ranks_init(&t->ranks, argc, argv, err);
+    metrics_begin(&t->metrics, t->ranks.rank == 0);
+    return ok && everyone(t, read_options(t, *argc, *argv, err), err);
+}
+
+static bool open_shards(Trainer *t, FoxError *err) {
+    Options *o = &t->options;
+    DataSpec spec;
+    memset(&spec, 0, sizeof spec);
+    spec.T = (int)o->context;
+    spec.B = (int)o->micro_batch;
+    spec.seed = (uint64_t)o->seed;
+    spec.shuffle = true;
+    spec.windows_per_step = o->batch_tokens / o->context;
+    spec.rank = t->ranks.rank;
+    spec.size = t->ranks.size;
+    if (!dataloader_open(&t->train, o->data, DATALOADER_TRAIN_PATTERN, &spec, err)) {
+        return false;
+    }
+    options_resolve_steps(o, t->train.windows);
+
+    const char *where = o->val_data;
+    PathList found;
+    if (where[0] == '\0' && is_directory(o->data) && path_list(o->data, DATALOADER_VAL_PATTERN, &found, NULL)) {
+        path_list_free(&found);
+        where = o->data;
+    }
+    if (where[0] == '\0' || o->val_every == 0) {
+        return true;
+    }
+    spec.shuffle = false;
+    spec.windows_per_step = 0;
+    spec.max_windows = t->val_windows;
+    if (!dataloader_open(&t->val, where, DATALOADER_VAL_PATTERN, &spec, err)) {
+        return false;
+    }
+    if (t->val.vocab_size != t->train.vocab_size) {
+        return fox_fail(err, "validation data has a vocabulary of %d tokens, training data of %d; expected the same",
+                        t->val.vocab_size, t->train.vocab_size);
+    }
+    return true;
+}
+
+/* The vocabulary that samples are written in. */
+static bool open_tokenizer(Trainer *t, FoxError *err) {
+    const Options *o = &t->options;
+    int V = t->train.vocab_size;
+    if (o->sample_every == 0) {
+        return true;
+    }
+    if (o->vocab[0] == '\0' && V != BYTE_VOCABULARY) {
+        return fox_fail(err, "-s: the data has a vocabulary of %d tokens, not the %d of bytes; --vocab FILE says what they are",
+                        V, BYTE_VOCABULARY);
+    }
+    if (!tokenizer_open(o->vocab[0] ? o->vocab : NULL, &t->tokenizer, err)) {
+        return false;
+    }
+    if (t->tokenizer.vocab_size > V) {
+        return fox_fail(err, "%s: a vocabulary of %d tokens, the data has one of %d; it must not be larger", o->vocab,
+                        t->tokenizer.vocab_size, V);
+    }
+    return true;
+}
+
+bool trainer_open_data(Trainer *t, FoxError *err) {
+    if (!everyone(t, open_shards(t, err) && open_tokenizer(t, err), err)) {
+        return false;
+    }
+    int64_t count = t->options.micro_batch * t->options.context;
+    t->tokens = FOX_NEW(int32_t, count);
+    t->targets = FOX_NEW(int32_t, count);
+    t->settings = options_json(&t->options);
+    uint64_t hash = fox_hash(dataloader_hash(&t->train), t->settings, strlen(t->settings));
+    hash = t->val.shards != NULL ? fox_hash(hash, &t->val.tokens, sizeof t->val.tokens) : hash;
+    if (!ranks_agree(&t->ranks, hash)) {
+        return everyone(t, fox_fail(err, "the ranks see different options or shards; start all with the same command line "
+                                    "and the same data"), err);
+    }
+    return true;
+}
+
+/* Looks for the run to resume. Only rank 0 looks, so that all go on from the same checkpoint. */
+static bool find_run(Trainer *t, FoxError *err) {
+    const Options *o = &t->options;
+    bool found = t->ranks.rank == 0 && checkpoint_latest(o->out, t->resume_dir, err);
+    if (!found) {
+        t->resume_dir[0] = '\0';
+    }
+    if (err->text[0] != '\0') {
+        return false;
+    }
+    if (found && !o->resume) {
+        return fox_fail(err, "%s already holds a run (%s); -y goes on with it, another -o begins a new one", o->out,
+                        t->resume_dir);
+    }
+    return true;
+}
+
+static bool read_model(Trainer *t, FoxError *err) {
+    const Options *o = &t->options;
+    const FoxPreset *preset = fox_find_preset(o->model);
+    const char *dir = t->resume_dir[0] ? t->resume_dir : preset == NULL ? o->model : NULL;
+    if (dir != NULL && !checkpoint_read_config(dir, &t->config, err)) {
+        return false;
+    }
+    if (preset != NULL) {
+        FoxConfig config = fox_preset_config(preset, t->train.vocab_size);
+        if (dir != NULL && !same_config(&config, &t->config)) {
+            return fox_fail(err, "%s is not a %s with a vocabulary of %d; resume a run with the -e and data it began with",
+                            dir, o->model, t->train.vocab_size);
+        }
+        t->config = config;
+    }
+    if (!fox_config_check(&t->config, err)) {
+        return false;
+    }
+    if (t->train.vocab_size > t->config.vocab_size) {
+        return fox_fail(err, "%s: the data has a vocabulary of %d tokens, the model of %d; the data's must not be larger",
+                        dir, t->train.vocab_size, t->config.vocab_size);
+    }
+    return true;
+}
+
+bool trainer_open_model(Trainer *t, FoxError *err) {
+    if (!everyone(t, find_run(t, err), err)) {
+        return false;
+    }
+    ranks_broadcast(&t->ranks, t->resume_dir, sizeof t->resume_dir);
+    return everyone(t, read_model(t, err), err);
+}
+
+/* Checks that the checkpoint's position means the same in this run's data and steps. */
+static bool check_resumed(const Trainer *t, FoxError *err) {
+    const TrainState *s = &t->state;
+    const Options *o = &t->options;
+    const char *dir = t->resume_dir;
+    int64_t windows_per_step = t->train.windows_per_step;
+    if (s->seed != (uint64_t)o->seed) {
+        return fox_fail(err, "%s: the run began with --seed %llu, found --seed %lld; resume with the same", dir,
+                        (unsigned long long)s->seed, (long long)o->seed);
+    }
+    if (s->data_hash != dataloader_hash(&t->train) || s->windows != t->train.windows) {
+        return fox_fail(err, "%s: the run used other shards or another -T (%lld windows, found %lld); resume with the same, or "
+                        "begin a new run from its weights: -e %s and another -o", dir, (long long)s->windows,
+                        (long long)t->train.windows, dir);
+    }
+    if (s->step < 0 || s->tokens != s->step * o->batch_tokens || s->next_window != s->step * windows_per_step) {
+        return fox_fail(err, "%s: %lld tokens after %lld steps do not fit steps of -d %lld; resume with the same -d, or begin "
+                        "a new run from its weights: -e %s and another -o", dir, (long long)s->tokens, (long long)s->step,
+                        (long long)o->batch_tokens, dir);
+    }
+    return true;
+}
+
+/* Fills the parameters: from the run to resume, from a checkpoint, or afresh from the seed. */
+static bool fill_backend(Trainer *t, FoxError *err) {
+    Backend *b = &t->backend;
+    if (t->resume_dir[0]) {
+        return checkpoint_load_model(t->resume_dir, b, err) && checkpoint_load_state(t->resume_dir, b, &t->state, err) &&
+               check_resumed(t, err) && dataloader_seek(&t->train, t->state.next_window, err);
+    }
+    t->state.seed = (uint64_t)t->options.seed;
+    t->state.windows = t->train.windows;
+    t->state.data_hash = dataloader_hash(&t->train);
+    t->state.best_val_loss = (double)NAN;
+    if (fox_find_preset(t->options.model) == NULL) {
+        return checkpoint_load_model(t->options.model, b, err);
+    }
+    float *params = FOX_NEW(float, b->table.total);
+    fox_init_parameters(&b->table, t->state.seed, params);
+    b->write(b, FOX_PARAMS, 0, b->table.total, params);
+    free(params);
+    return true;
+}
+
+bool trainer_open_backend(Trainer *t, FoxError *err) {
+    const Options *o = &t->options;
+    BackendSpec spec;
+    memset(&spec, 0, sizeof spec);
+    spec.config = t->config;
+    spec.B = (int)o->micro_batch;
+    spec.T = (int)o->context;
+    spec.acp = (AcpMode)o->acp;
+    spec.log_tolerance = (float)o->log_tolerance;
+    spec.recompute = (int)o->recompute;
+    spec.deterministic = o->deterministic;
+    if (!everyone(t, backend_cpu_open(&t->backend, &spec, &t->ranks, err), err)) {
+        return false;
+    }
+    if (t->ranks.rank == 0) {
+        t->backend.report(&t->backend, stdout);
+    }
+    int64_t cells = (int64_t)t->config.num_hidden_layers * t->config.num_heads;
+    t->step_skipped = FOX_NEW(double, cells);
+    t->step_blocks = FOX_NEW(double, cells);
+    t->skipped = FOX_NEW(double, cells);
+    t->blocks = FOX_NEW(double, cells);
+    if (!everyone(t, fill_backend(t, err), err)) {
+        return false;
+    }
+    if (!ranks_agree(&t->ranks, checkpoint_param_hash(&t->backend))) {
+        return everyone(t, fox_fail(err, "the ranks start from different weights; is %s the same for all of them?",
+                                    t->resume_dir[0] ? t->resume_dir : o->model), err);
+    }
+    t->saved_step = t->resume_dir[0] ? t->state.step : -1;
+    return true;
+}
+
+/* The record of what this run is, for metrics.jsonl. */
+static void record_run(Trainer *t) {
+    char *text = NULL;
+    size_t length;
+    FILE *stream = open_memstream(&text, &length);
+    if (stream == NULL) {
+        fox_die("out of memory");
+    }
+    fprintf(stream, "{\"options\": %s, \"parameters\": %lld, \"ranks\": %d, \"device\": \"%s\", \"windows\": %lld, "
+            "\"validation_windows\": %lld}", t->settings, (long long)t->backend.table.parameters, t->ranks.size,
+            t->backend.name, (long long)t->train.windows, (long long)t->val.windows);
+    fclose(stream);
+    metrics_run(&t->metrics, t->state.step, text);
+    free(text);
+}
+
+static void print_plan(Trainer *t) {
+    const Options *o = &t->options;
+    Metrics *m = &t->metrics;
+    metrics_say(m, "model     %s: %.1fM parameters, vocabulary %d", o->model, 1e-6 * (double)t->backend.table.parameters,
+                t->config.vocab_size);
+    metrics_say(m, "data      %lld windows of %lld tokens in %d shard%s; validation: %lld windows",
+                (long long)t->train.windows, (long long)o->context, t->train.shard_count,
+                t->train.shard_count == 1 ? "" : "s", (long long)t->val.windows);
+    metrics_say(m, "run       %lld steps of %lld tokens: %d x %lld sequences on %d rank%s", (long long)o->steps,
+                (long long)o->batch_tokens, t->micro_batches, (long long)o->micro_batch, t->ranks.size,
+                t->ranks.size == 1 ? "" : "s");
+    if (t->resume_dir[0]) {
+        metrics_say(m, "resumes   %s at step %lld", t->resume_dir, (long long)t->state.step);
+    } else if (o->resume) {
+        metrics_say(m, "resumes   nothing: no checkpoint in %s yet, a new run begins", o->out);
+    }
+}
+
+bool trainer_open_output(Trainer *t, FoxError *err) {
+    const char *out = t->options.out;
+    bool ok = t->ranks.rank != 0 || (make_directories(out, err) && metrics_open(&t->metrics, out, t->state.step, err));
+    if (!everyone(t, ok, err)) {
+        return false;
+    }
+    print_plan(t);
+    record_run(t);
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    return true;
+}
+
+/* ---- a step */
+
+bool trainer_ended(const Trainer *t) {
+    return ranks_max_int(&t->ranks, stop_requested != 0) || t->state.step >= t->options.steps;
+}
+
+bool trainer_due(const Trainer *t, int64_t every) {
+    return every > 0 && (t->state.step % every == 0 || t->state.step == t->options.steps);
+}
+
+bool trainer_forward_backward(Trainer *t, FoxError *err) {
+    if (t->step_started == 0) {
+        t->step_started = fox_now();
+    }
+    if (!dataloader_next(&t->train, t->tokens, t->targets, err)) {
+        return false;
+    }
+    t->backend.forward_backward(&t->backend, t->tokens, t->targets, 1.0 / ((double)t->micro_batches * t->ranks.size));
+    return true;
+}
+
+static AdamW adamw_of_step(const Trainer *t) {
+    const Options *o = &t->options;
+    AdamW a;
+    a.learning_rate = schedule_lr(o->learning_rate, o->final_lr, o->warmup_tokens, o->steps * o->batch_tokens,
+                                  t->state.tokens + o->batch_tokens / 2);
+    a.beta1 = ADAM_BETA1;
+    a.beta2 = ADAM_BETA2;
+    a.eps = ADAM_EPS;
+    a.weight_decay = o->weight_decay;
+    a.grad_clip = o->grad_clip;
+    a.step = t->state.step + 1;
+    return a;
+}
+
+/* Fraction of the causal attention blocks that the last step skipped, over all ranks; NAN where none was counted. */
+static double count_pruning(Trainer *t) {
+    double sums[2] = {0, 0};
+    t->backend.pruning(&t->backend, t->step_skipped, t->step_blocks);
+    for (int i = 0; i < t->config.num_hidden_layers * t->config.num_heads; i++) {
+        t->skipped[i] += t->step_skipped[i];
+        t->blocks[i] += t->step_blocks[i];
+        sums[0] += t->step_skipped[i];
+        sums[1] += t->step_blocks[i];
+    }
+    ranks_sum_double(&t->ranks, sums, 2);
+    return sums[1] > 0 ? sums[0] / sums[1] : (double)NAN;
+}
+
+static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) {
+    StepRecord r;
+    memset(&r, 0, sizeof r);
+    r.step = t->state.step;
+    r.steps = t->options.steps;
+    r.tokens = t->state.tokens;
+    r.step_tokens = t->options.batch_tokens;
+    r.loss = stats->loss;
+    r.learning_rate = adamw->learning_rate;
+    r.grad_norm = stats->grad_norm;
+    r.applied = stats->applied;
+    r.seconds = fox_now() - t->step_started;
+    r.mfu = (double)NAN;
+    r.pruned = count_pruning(t);
+    r.gpu_memory = strcmp(t->backend.name, "cuda") == 0 ? t->backend.memory(&t->backend) : -1;
+    metrics_step(&t->metrics, &r);
+}
+
+bool trainer_update(Trainer *t, bool ok, FoxError *err) {
+    if (!everyone(t, ok, err)) {
+        return false;
+    }
+    AdamW adamw = adamw_of_step(t);
+    StepStats stats;
+    t->backend.update(&t->backend, &adamw, &stats);
+    t->state.step++;
+    t->state.tokens += t->options.batch_tokens;
+    t->state.next_window = dataloader_position(&t->train);
+    t->state.skipped_in_a_row = stats.applied ? 0 : t->state.skipped_in_a_row + 1;
+    record_step(t, &adamw, &stats);
+    t->step_started = 0;
+    if (stats.applied) {
+        return true;
+    }
+    if (t->state.skipped_in_a_row < TRAINER_REFUSED_LIMIT) {
+        if (t->ranks.rank == 0) {
+            metrics_warn(&t->metrics, "step %lld: loss %g, gradient norm %g: not finite, the weights stay as they were",
+                         (long long)t->state.step, stats.loss, stats.grad_norm);
+        }
+        return true;
+    }
+    t->diverged = true;
+    return everyone(t, fox_fail(err, "loss or gradient norm was not finite in %d steps in a row, up to step %lld; no checkpoint "
+                                "is written; lower the learning rate (-l) and resume from an earlier one with -y",
+                                t->state.skipped_in_a_row, (long long)t->state.step), err);
+}
+
+/* ---- what is due now and then */
+
+/* This rank's part of a validation: sums[0] += losses, sums[1] += tokens. */
+static bool validate_share(Trainer *t, double sums[2], FoxError *err) {
+    int64_t T = t->options.context;
+    float *losses = FOX_NEW(float, t->options.micro_batch * T);
+    bool ok = dataloader_seek(&t->val, 0, err);
+    for (int64_t i = 0; ok && i < t->val.batches_per_step; i++) {
+        ok = dataloader_next(&t->val, t->tokens, t->targets, err);
+        int64_t count = ok ? t->val.batch_windows * T : 0;
+        if (count > 0) {
+            t->backend.evaluate(&t->backend, t->tokens, t->targets, losses);
+        }
+        for (int64_t k = 0; k < count; k++) {
+            sums[0] += losses[k];
+        }
+        sums[1] += (double)count;
+    }
+    free(losses);
+    return ok;
+}
+
+bool trainer_validate(Trainer *t, FoxError *err) {
+    if (t->val.shards == NULL) {
+        return true;
+    }
+    double sums[2] = {0, 0};
+    if (!everyone(t, validate_share(t, sums, err), err)) {
+        return false;
+    }
+    ranks_sum_double(&t->ranks, sums, 2);
+    double loss = sums[0] / sums[1];
+    if (loss < t->state.best_val_loss || t->state.best_val_loss != t->state.best_val_loss) {
+        t->state.best_val_loss = loss;
+    }
+    metrics_say(&t->metrics, "step %lld: validation loss %.4f (best %.4f)", (long long)t->state.step, loss,
+                t->state.best_val_loss);
+    metrics_validation(&t->metrics, t->state.step, t->state.tokens, loss);
+    return true;
+}
+
+void trainer_report_pruning(Trainer *t) {
+    int layers = t->config.num_hidden_layers, heads = t->config.num_heads;
+    ranks_sum_double(&t->ranks, t->skipped, layers * heads);
+    ranks_sum_double(&t->ranks, t->blocks, layers * heads);
+    metrics_pruning(&t->metrics, t->state.step, layers, heads, t->skipped, t->blocks);
+    memset(t->skipped, 0, sizeof(double) * (size_t)(layers * heads));
+    memset(t->blocks, 0, sizeof(double) * (size_t)(layers * heads));
+}
+
+void trainer_sample(Trainer *t) {
+    const Options *o = &t->options;
+    if (t->ranks.rank != 0) {
+        return;
+    }
+    SampleSettings settings;
+    settings.temperature = o->sample_temperature;
+    settings.top_k = (int)o->sample_top_k;
+    settings.seed = fox_random((uint64_t)o->seed, (uint64_t)t->state.step);
+    char *text = sample_text(&t->backend, &t->tokenizer, &settings, o->sample_prompt, (int)o->sample_tokens);
+    metrics_say(&t->metrics, "step %lld, a sample:\n---\n%s\n---", (long long)t->state.step, text);
+    free(text);
+}
+
+bool trainer_save(Trainer *t, FoxError *err) {
+    t->state.param_hash = checkpoint_param_hash(&t->backend);
+    bool ok = checkpoint_save(t->options.out, &t->backend, &t->ranks, &t->state, t->settings, NULL, err);
+    if (!everyone(t, ok, err)) {
+        return false;
+    }
+    t->saved_step = t->state.step;
+    if (t->ranks.rank == 0) {
+        checkpoint_prune(t->options.out, (int)t->options.keep);
+    }
+    return true;
+}
+
+void trainer_try_save(Trainer *t) {
+    FoxError err;
+    err.text[0] = '\0';
+    if (!trainer_save(t, &err) && err.text[0] != '\0') {
+        metrics_warn(&t->metrics, "no checkpoint at step %lld: %s; earlier ones stand, training goes on",
+                     (long long)t->state.step, err.text);
+    }
+}
+
+/* ---- end */
+
+static bool save_the_end(Trainer *t, FoxError *err) {
+    if (t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
+        return true;
+    }
+    return trainer_save(t, err);
+}
+
+bool trainer_finish(Trainer *t, bool ok, FoxError *err) {
+    bool saved = save_the_end(t, err);
+    uint64_t hash = checkpoint_param_hash(&t->backend);
+    bool same = ranks_agree(&t->ranks, hash);
+    if (ok && saved && !same) {
+        return everyone(t, fox_fail(err, "the ranks' parameters differ after step %lld", (long long)t->state.step), err);
+    }
+    if (ok && saved) {
+        metrics_say(&t->metrics, "%s at step %lld of %lld, %lld tokens; parameter hash %016llx",
+                    t->state.step < t->options.steps ? "stopped" : "done", (long long)t->state.step,
+                    (long long)t->options.steps, (long long)t->state.tokens, (unsigned long long)hash);
+    }
+    return ok && saved;
+}
+
+int trainer_close(Trainer *t, bool ok, const FoxError *err) {
+    metrics_close(&t->metrics);
+    if (!ok && err->text[0] != '\0') {
+        if (t->ranks.size > 1) {
+            fprintf(stderr, "train_fox: error: rank %d: %s\n", t->ranks.rank, err->text);
+        } else {
+            fprintf(stderr, "train_fox: error: %s\n", err->text);
+        }
+    }
+    dataloader_close(&t->train);
+    dataloader_close(&t->val);
+    if (t->tokenizer.spans != NULL) {
+        tokenizer_free(&t->tokenizer);
+    }
+    if (t->backend.free != NULL) {
+        t->backend.free(&t->backend);
+    }
+    free(t->settings);
+    free(t->tokens);
+    free(t->targets);
+    free(t->step_skipped);
+    free(t->step_blocks);
+    free(t->skipped);
+    free(t->blocks);
+    ranks_finish(&t->ranks);
+    return ok ? 0 : 1;
+}
