@@ -73,12 +73,12 @@ static bool get_int(const Json *root, const char *what, const char *key, int *ou
     return true;
 }
 
-static bool get_float(const Json *root, const char *what, const char *key, float *out, FoxError *err) {
+static bool get_double(const Json *root, const char *what, const char *key, double *out, FoxError *err) {
     const Json *v = json_get(root, key);
-    if (v != NULL && (v->type != JSON_NUMBER || fabs(v->number) > 1e30)) {
+    if (v != NULL && v->type != JSON_NUMBER) {
         return wrong_value(what, key, v, "a number", err);
     }
-    *out = v != NULL ? (float)v->number : *out;
+    *out = v != NULL ? v->number : *out;
     return true;
 }
 
@@ -143,17 +143,17 @@ static bool config_from_json(const Json *root, const char *what, FoxConfig *c, F
     c->hidden_size = 2048;
     c->num_hidden_layers = 24;
     c->num_heads = 32;
-    c->hidden_ratio = 4.0f;
-    c->rope_base = 500000.0f;
-    c->norm_eps = 1e-6f;
+    c->hidden_ratio = 4.0;
+    c->rope_base = 500000.0;
+    c->norm_eps = 1e-6;
     bool ok = get_kinds(root, what, c, err) && get_int(root, what, "vocab_size", &c->vocab_size, err) &&
               get_int(root, what, "hidden_size", &c->hidden_size, err) &&
               get_int(root, what, "num_hidden_layers", &c->num_hidden_layers, err) &&
               get_int(root, what, "num_heads", &c->num_heads, err) &&
               (is_null(json_get(root, "hidden_ratio")) ||
-               get_float(root, what, "hidden_ratio", &c->hidden_ratio, err)) &&
-              get_float(root, what, "rope_base", &c->rope_base, err) &&
-              get_float(root, what, "norm_eps", &c->norm_eps, err) &&
+               get_double(root, what, "hidden_ratio", &c->hidden_ratio, err)) &&
+              get_double(root, what, "rope_base", &c->rope_base, err) &&
+              get_double(root, what, "norm_eps", &c->norm_eps, err) &&
               get_bool(root, what, "use_rope", &c->use_rope, err) &&
               get_bool(root, what, "use_output_gate", &c->use_output_gate, err) &&
               get_bool(root, what, "use_output_norm", &c->use_output_norm, err) &&
@@ -228,16 +228,10 @@ bool checkpoint_config_from_metadata(const SafeTensors *st, FoxConfig *config, F
     return ok;
 }
 
-/* The shortest decimal that reads back as the same float: 1e-06, not 9.9999999747524271e-07. */
-static void write_float(FILE *out, const char *key, float value) {
-    char text[32];
-    for (int digits = 6; digits <= 9; digits++) {
-        snprintf(text, sizeof text, "%.*g", digits, (double)value);
-        if (strtof(text, NULL) == value) {
-            break;
-        }
-    }
-    fprintf(out, "  \"%s\": %s,\n", key, text);
+static void write_number(FILE *out, const char *key, double value) {
+    fprintf(out, "  \"%s\": ", key);
+    json_write_number(out, value);
+    fputs(",\n", out);
 }
 
 static void write_bool(FILE *out, const char *key, bool value) {
@@ -253,7 +247,7 @@ void checkpoint_write_config(FILE *out, const FoxConfig *c, double log_tolerance
     fprintf(out, "  \"num_hidden_layers\": %d,\n", c->num_hidden_layers);
     fprintf(out, "  \"num_heads\": %d,\n", c->num_heads);
     fputs("  \"num_kv_heads\": null,\n", out);
-    write_float(out, "hidden_ratio", c->hidden_ratio);
+    write_number(out, "hidden_ratio", c->hidden_ratio);
     fprintf(out, "  \"intermediate_size\": %d,\n", c->intermediate_size);
     fputs("  \"hidden_act\": \"swish\",\n", out);
     fprintf(out, "  \"fgate_type\": \"%s\",\n", c->use_forget_gate ? "full" : "none");
@@ -266,16 +260,15 @@ void checkpoint_write_config(FILE *out, const FoxConfig *c, double log_tolerance
     write_bool(out, "use_k_shift", c->use_k_shift);
     write_bool(out, "use_v_shift", c->use_v_shift);
     write_bool(out, "use_rope", c->use_rope);
-    write_float(out, "rope_base", c->rope_base);
-    write_float(out, "norm_eps", c->norm_eps);
-    write_float(out, "initializer_range", (float)FOX_INIT_STD);
+    write_number(out, "rope_base", c->rope_base);
+    write_number(out, "norm_eps", c->norm_eps);
+    write_number(out, "initializer_range", FOX_INIT_STD);
     write_bool(out, "elementwise_affine", true);
     write_bool(out, "attention_bias", false);
     write_bool(out, "tie_word_embeddings", false);
+    write_number(out, "log_pruning_tolerance", log_tolerance);
     fputs("  \"window_size\": null,\n  \"bos_token_id\": null,\n  \"eos_token_id\": null,\n", out);
-    fputs("  \"pad_token_id\": null,\n  \"log_pruning_tolerance\": ", out);
-    json_write_number(out, log_tolerance);
-    fputs("\n}\n", out);
+    fputs("  \"pad_token_id\": null\n}\n", out);
 }
 
 /* ---- the model ---------------------------------------------------------------------------------------------------- */
@@ -688,6 +681,25 @@ static bool move(const char *from, const char *to, FoxError *err) {
     return rename(from, to) == 0 || fox_fail(err, "%s: cannot rename to %s: %s", from, to, strerror(errno));
 }
 
+/* Does the directory hold nothing but files this program writes into checkpoints? */
+static bool holds_only_ours(const char *path) {
+    static const char *const names[] = {".", "..", "config.json", "model.safetensors", "state.json"};
+    DIR *dir = opendir(path);
+    bool ours = dir != NULL;
+    for (struct dirent *item; ours && (item = readdir(dir)) != NULL;) {
+        int index, of, end = 0;
+        ours = sscanf(item->d_name, "optimizer-%5d-of-%5d.safetensors%n", &index, &of, &end) == 2 && end > 0 &&
+               item->d_name[end] == '\0';
+        for (size_t i = 0; !ours && i < sizeof names / sizeof names[0]; i++) {
+            ours = strcmp(item->d_name, names[i]) == 0;
+        }
+    }
+    if (dir != NULL) {
+        closedir(dir);
+    }
+    return ours;
+}
+
 /* Puts the complete `tmp` in the place of `final`. At every moment one of final and old is a whole checkpoint. */
 static bool publish(const char *tmp, const char *final, const char *old, FoxError *err) {
     if (!exists(final)) {
@@ -724,7 +736,9 @@ static bool save(const char *out_dir, Backend *backend, const TrainState *state,
     if (!sync_directory(out_dir, err)) {
         return false;
     }
-    remove_directory(old); // only now: until the rename is on the disk a power cut may bring the old name back
+    if (holds_only_ours(old)) {
+        remove_directory(old); // only now: until the rename is on the disk a power cut may bring the old name back
+    }
     return true;
 }
 
@@ -873,25 +887,6 @@ bool checkpoint_latest(const char *out_dir, char path[1024], FoxError *err) {
     return true;
 }
 
-/* Does the directory hold nothing but files this program writes into checkpoints? */
-static bool holds_only_ours(const char *path) {
-    static const char *const names[] = {".", "..", "config.json", "model.safetensors", "state.json"};
-    DIR *dir = opendir(path);
-    bool ours = dir != NULL;
-    for (struct dirent *item; ours && (item = readdir(dir)) != NULL;) {
-        int index, of, end = 0;
-        ours = sscanf(item->d_name, "optimizer-%5d-of-%5d.safetensors%n", &index, &of, &end) == 2 && end > 0 &&
-               item->d_name[end] == '\0';
-        for (size_t i = 0; !ours && i < sizeof names / sizeof names[0]; i++) {
-            ours = strcmp(item->d_name, names[i]) == 0;
-        }
-    }
-    if (dir != NULL) {
-        closedir(dir);
-    }
-    return ours;
-}
-
 /* Renames to tmp_ first: a half removed directory never bears the name of a checkpoint. */
 static void discard(const char *out_dir, const Entry *e) {
     char path[PATH_SIZE], tmp[PATH_SIZE], name[64];
@@ -906,6 +901,7 @@ static void discard(const char *out_dir, const Entry *e) {
 
 void checkpoint_prune(const char *out_dir, int keep) {
     int count, whole = 0;
+    int64_t finished = -1; // step of the last whole step_N met: the old_step_N after it is a leftover
     Entry *entries = list_entries(out_dir, &count);
     for (int i = 0; i < count; i++) {
         if (entries[i].kind == ENTRY_TMP) {
@@ -918,11 +914,10 @@ void checkpoint_prune(const char *out_dir, int keep) {
         if (e->kind == ENTRY_TMP || !join(path, out_dir, e->name, NULL)) {
             continue;
         }
-        bool replaced = e->kind == ENTRY_OLD && i > 0 && entries[i - 1].step == e->step &&
-                        entries[i - 1].kind == ENTRY_STEP && is_whole(path, e->step, NULL);
-        if ((keep > 0 && whole >= keep) || replaced) {
+        if ((keep > 0 && whole >= keep) || finished == e->step) {
             discard(out_dir, e);
         } else if (is_whole(path, e->step, NULL)) {
+            finished = e->step;
             whole++;
         }
     }
