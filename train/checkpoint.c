@@ -22,7 +22,7 @@ static bool join(char path[PATH_SIZE], const char *directory, const char *name, 
            fox_fail(err, "%.64s...: the path is longer than %d bytes", directory, PATH_SIZE - 1);
 }
 
-/* ---- config.json -------------------------------------------------------------------------------------------------- */
+/* ---- config.json ------------------------------------------------------------------------------------------------- */
 
 /* A value as it may stand in an error message: short, on one line. */
 static const char *show(const Json *v, char text[64]) {
@@ -271,7 +271,7 @@ void checkpoint_write_config(FILE *out, const FoxConfig *c, double log_tolerance
     fputs("  \"pad_token_id\": null\n}\n", out);
 }
 
-/* ---- the model ---------------------------------------------------------------------------------------------------- */
+/* ---- the model --------------------------------------------------------------------------------------------------- */
 
 /* "[256, 128]" */
 static const char *show_shape(int ndim, const int64_t *shape, char text[200]) {
@@ -411,7 +411,7 @@ uint64_t checkpoint_param_hash(Backend *backend) {
     return hash;
 }
 
-/* ---- the state ---------------------------------------------------------------------------------------------------- */
+/* ---- the state --------------------------------------------------------------------------------------------------- */
 
 /* Where every parameter lies in the flat space: moments are meaningless under another layout. */
 static uint64_t layout_hash(const FoxTable *table) {
@@ -499,7 +499,8 @@ static bool read_state(const char *dir, TrainState *state, int64_t *files, FoxEr
     return ok;
 }
 
-static bool write_state(const char *dir, const TrainState *s, uint64_t param_hash, const char *settings, FoxError *err) {
+static bool write_state(const char *dir, const TrainState *s, uint64_t param_hash, const char *settings,
+                        FoxError *err) {
     char path[PATH_SIZE];
     if (!join(path, dir, "state.json", err)) {
         return false;
@@ -518,7 +519,7 @@ static bool write_state(const char *dir, const TrainState *s, uint64_t param_has
     return file_finish(out, path, err);
 }
 
-/* ---- the optimizer ------------------------------------------------------------------------------------------------ */
+/* ---- the optimizer ----------------------------------------------------------------------------------------------- */
 
 static bool optimizer_path(char path[PATH_SIZE], const char *dir, int64_t index, int64_t count, FoxError *err) {
     char name[64];
@@ -553,8 +554,8 @@ static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, F
                         " and the same layout", st->path, total, backend->table.total);
     }
     if (start != *at || length > total - start) {
-        return fox_fail(err, "%s: covers %" PRId64 " floats from %" PRId64 ", expected from %" PRId64 " and up to %" PRId64,
-                        st->path, length, start, *at, total);
+        return fox_fail(err, "%s: covers %" PRId64 " floats from %" PRId64 ", expected from %" PRId64
+                        " and up to %" PRId64, st->path, length, start, *at, total);
     }
     for (int i = 0; i < 2; i++) {
         const SafeTensor *t = safetensors_find(st, names[i]);
@@ -585,7 +586,8 @@ static bool load_optimizer(const char *dir, int64_t files, Backend *backend, Fox
         }
     }
     return at == backend->table.total ||
-           fox_fail(err, "%s: its optimizer files end at %" PRId64 ", expected %" PRId64, dir, at, backend->table.total);
+           fox_fail(err, "%s: its optimizer files end at %" PRId64 ", expected %" PRId64, dir, at,
+                    backend->table.total);
 }
 
 bool checkpoint_load_state(const char *dir, Backend *backend, TrainState *state, FoxError *err) {
@@ -599,7 +601,7 @@ bool checkpoint_load_state(const char *dir, Backend *backend, TrainState *state,
                     ": the checkpoint is damaged", dir, hash, state->param_hash);
 }
 
-/* ---- saving ------------------------------------------------------------------------------------------------------- */
+/* ---- saving ------------------------------------------------------------------------------------------------------ */
 
 static bool model_source(void *context, int index, int64_t start, int64_t count, float *out) {
     Backend *backend = (Backend *)context;
@@ -775,7 +777,7 @@ bool checkpoint_save(const char *out_dir, Backend *backend, const Ranks *ranks, 
     return true;
 }
 
-/* ---- the directory of checkpoints --------------------------------------------------------------------------------- */
+/* ---- the directory of checkpoints -------------------------------------------------------------------------------- */
 
 typedef enum EntryKind { ENTRY_STEP, ENTRY_OLD, ENTRY_TMP } EntryKind;
 

@@ -8,9 +8,9 @@
  *                     state.json               step, tokens, data position, options of the run; numbers of 64 bits
  *                                              without sign as hexadecimal strings
  *
- * A checkpoint is written whole into OUT/tmp_step_..., synced, then renamed: a reader sees a whole one or none. One that
- * stands there already under the same name is first renamed to OUT/old_step_..., which counts as a checkpoint as long as
- * it exists, so that a kill between the two renames loses nothing. A directory holding only config.json and
+ * A checkpoint is written whole into OUT/tmp_step_..., synced, then renamed: a reader sees a whole one or none. One
+ * that stands there already under the same name is first renamed to OUT/old_step_..., which counts as a checkpoint as
+ * long as it exists, so that a kill between the two renames loses nothing. A directory holding only config.json and
  * model.safetensors (an official one) loads as a model, not as a run. */
 #ifndef FOX_CHECKPOINT_H
 #define FOX_CHECKPOINT_H
@@ -43,19 +43,19 @@ bool checkpoint_config_from_metadata(const SafeTensors *, FoxConfig *, FoxError 
 /* Writes config.json's text. log_tolerance: NAN writes null. */
 void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance);
 
-/* Loads model.safetensors into the back end's parameters. Every tensor of the table must be there with its shape, and no
- * other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too. */
+/* Loads model.safetensors into the back end's parameters. Every tensor of the table must be there with its shape, and
+ * no other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too. */
 bool checkpoint_load_model(const char *dir, Backend *, FoxError *);
 
-/* Loads the optimizer's moments and state.json, after checkpoint_load_model. Fails when the directory holds only a model,
- * and when the back end's parameters are not the ones the state was saved with. */
+/* Loads the optimizer's moments and state.json, after checkpoint_load_model. Fails when the directory holds only a
+ * model, and when the back end's parameters are not the ones the state was saved with. */
 bool checkpoint_load_state(const char *dir, Backend *, TrainState *, FoxError *);
 
-/* Writes OUT/step_%08d whole or not at all, all ranks together (rank 0 writes, all get its result). `settings` is a JSON
- * object of the run's options, kept in state.json for the reader (NULL: none). On failure the message says why, the
+/* Writes OUT/step_%08d whole or not at all, all ranks together (rank 0 writes, all get its result). `settings` is a
+ * JSON object of the run's options, kept in state.json for the reader (NULL: none). On failure the message says why, the
  * temporary directory is gone and earlier checkpoints stand. Fills path (may be NULL) with the directory's name. */
-bool checkpoint_save(const char *out_dir, Backend *, const Ranks *, const TrainState *, const char *settings, char path[1024],
-                     FoxError *);
+bool checkpoint_save(const char *out_dir, Backend *, const Ranks *, const TrainState *, const char *settings,
+                     char path[1024], FoxError *);
 
 /* The newest whole checkpoint in out_dir: its directory in path. Warns on stderr when a newer one is damaged. Returns
  * false with no error text when there is none, and false with an error when there are only damaged ones. Links and

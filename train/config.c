@@ -40,7 +40,7 @@ const FoxPreset *fox_find_preset(const char *name) {
 }
 
 int fox_intermediate_size(double hidden_ratio, int hidden_size) {
-    double inner = (double)hidden_size * (double)hidden_ratio * 2 / 3;
+    double inner = (double)hidden_size * hidden_ratio * 2 / 3;
     if (!(inner >= 1 && inner < 1e9)) {
         return 0; // which fox_config_check refuses
     }
@@ -77,12 +77,11 @@ static int64_t count_parameters(const FoxConfig *c) {
 }
 
 static bool check_range(FoxError *err, const char *key, int value, int low, int high) {
-    return (value >= low && value <= high) ||
-           fox_fail(err, "%s is %d, expected %d to %d", key, value, low, high);
+    return (value >= low && value <= high) || fox_fail(err, "%s is %d, expected %d to %d", key, value, low, high);
 }
 
 static bool check_positive(FoxError *err, const char *key, double value) {
-    return (value > 0 && isfinite(value)) || fox_fail(err, "%s is %g, expected a positive number", key, (double)value);
+    return (value > 0 && isfinite(value)) || fox_fail(err, "%s is %g, expected a positive number", key, value);
 }
 
 bool fox_config_check(const FoxConfig *c, FoxError *err) {
@@ -104,7 +103,7 @@ bool fox_config_check(const FoxConfig *c, FoxError *err) {
     }
     int D = c->hidden_size / c->num_heads;
     if (D % 2 != 0 || D > 256) {
-        return fox_fail(err, "the width of a head, hidden_size %d / num_heads %d, is %d; expected an even number up to 256",
+        return fox_fail(err, "a head is hidden_size %d / num_heads %d = %d wide, expected an even number up to 256",
                         c->hidden_size, c->num_heads, D);
     }
     int64_t parameters = count_parameters(c);
@@ -144,7 +143,7 @@ static int add_norm(FoxTable *table, const char *prefix, const char *name, int64
 static FoxLayerIds add_layer(FoxTable *table, const FoxConfig *c, int layer) {
     int64_t d = c->hidden_size, H = c->num_heads, inner = c->intermediate_size;
     int64_t qk_norm = c->qk_norm_share_param_across_head ? d / H : d;
-    char at[64];
+    char at[32];
     snprintf(at, sizeof at, "model.layers.%d.", layer);
     FoxLayerIds ids;
     memset(&ids, -1, sizeof ids); // every index -1

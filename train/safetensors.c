@@ -72,7 +72,8 @@ static bool parse_dtype(const SafeTensors *st, const Json *entry, SafeTensor *t,
 static bool parse_shape(const SafeTensors *st, const Json *entry, SafeTensor *t, FoxError *err) {
     const Json *shape = json_get(entry, "shape");
     if (shape == NULL || shape->type != JSON_ARRAY || shape->count > SAFETENSORS_MAX_DIMS) {
-        return fox_fail(err, "%s: tensor %s has no shape of at most %d numbers", st->path, t->name, SAFETENSORS_MAX_DIMS);
+        return fox_fail(err, "%s: tensor %s has no shape of at most %d numbers", st->path, t->name,
+                        SAFETENSORS_MAX_DIMS);
     }
     t->count = 1;
     for (const Json *n = shape->first; n != NULL; n = n->next) {
@@ -148,8 +149,7 @@ static bool check_tiling(SafeTensors *st, FoxError *err) {
         const SafeTensor *t = &st->tensors[i];
         if (t->begin != at) {
             return fox_fail(err, "%s: tensor %s begins at byte %" PRId64 " of the data, %s byte %" PRId64, st->path,
-                            t->name, t->begin, t->begin < at ? "overlapping the one that ends at" : "leaving a gap from",
-                            at);
+                            t->name, t->begin, t->begin < at ? "before the other's end at" : "leaving a gap from", at);
         }
         at = t->end;
     }
@@ -202,8 +202,8 @@ static bool read_header(SafeTensors *st, FoxError *err) {
     char *text = FOX_NEW(char, header_size + 1);
     char what[sizeof st->path + 16];
     snprintf(what, sizeof what, "%s (header)", st->path);
-    bool ok = read_at(st, text, (int64_t)header_size, 8, err) && json_parse(text, header_size, what, &st->header, err) &&
-              parse_header(st, err);
+    bool ok = read_at(st, text, (int64_t)header_size, 8, err) &&
+              json_parse(text, header_size, what, &st->header, err) && parse_header(st, err);
     free(text);
     return ok;
 }
@@ -361,8 +361,9 @@ static bool write_bytes(FILE *out, const char *path, const void *data, size_t by
     return fwrite(data, 1, bytes, out) == bytes || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
 }
 
-bool safetensors_write(const char *path, int count, const char *const *names, const int *ndim, const int64_t (*shapes)[2],
-                       const char *const *metadata, SafeTensorsSource source, void *context, FoxError *err) {
+bool safetensors_write(const char *path, int count, const char *const *names, const int *ndim,
+                       const int64_t (*shapes)[2], const char *const *metadata, SafeTensorsSource source, void *context,
+                       FoxError *err) {
     char *header = NULL;
     size_t header_size = 0;
     if (!format_header(count, names, ndim, shapes, metadata, &header, &header_size)) {
@@ -372,7 +373,8 @@ bool safetensors_write(const char *path, int count, const char *const *names, co
     FILE *out = fopen(path, "wbe");
     float *piece = FOX_NEW(float, PIECE);
     uint64_t length = header_size;
-    bool ok = out != NULL && write_bytes(out, path, &length, 8, err) && write_bytes(out, path, header, header_size, err);
+    bool ok = out != NULL && write_bytes(out, path, &length, 8, err) &&
+              write_bytes(out, path, header, header_size, err);
     for (int i = 0; ok && i < count; i++) {
         int64_t size = shapes[i][0] * (ndim[i] == 2 ? shapes[i][1] : 1);
         for (int64_t start = 0; ok && start < size; start += PIECE) {

@@ -37,7 +37,8 @@ const SafeTensor *safetensors_find(const SafeTensors *, const char *name);
 const char *safetensors_metadata(const SafeTensors *, const char *key);
 
 /* Reads `count` elements from `start` of a tensor as float32 (F32, or BF16 and F16 widened). Other dtypes fail. */
-bool safetensors_read_float(const SafeTensors *, const SafeTensor *, int64_t start, int64_t count, float *out, FoxError *);
+bool safetensors_read_float(const SafeTensors *, const SafeTensor *, int64_t start, int64_t count, float *out,
+                            FoxError *);
 /* Reads a whole I32 tensor. */
 bool safetensors_read_int32(const SafeTensors *, const SafeTensor *, int32_t *out, FoxError *);
 
@@ -45,9 +46,10 @@ bool safetensors_read_int32(const SafeTensors *, const SafeTensor *, int32_t *ou
 typedef bool (*SafeTensorsSource)(void *context, int index, int64_t start, int64_t count, float *out);
 
 /* Writes a float32 file: names, shapes ([count][2], ndim 1 or 2) and metadata (pairs key, value, ..., NULL) given, data
- * from the source in pieces, so that no second copy of a model is needed. Syncs the file. Fails with the system's reason
- * (a full disk, say); the caller removes what was written. */
-bool safetensors_write(const char *path, int count, const char *const *names, const int *ndim, const int64_t (*shapes)[2],
-                       const char *const *metadata, SafeTensorsSource source, void *context, FoxError *);
+ * from the source in pieces, so that no second copy of a model is needed. Syncs the file. Fails with the system's
+ * reason (a full disk, say); the caller removes what was written. */
+bool safetensors_write(const char *path, int count, const char *const *names, const int *ndim,
+                       const int64_t (*shapes)[2], const char *const *metadata, SafeTensorsSource source, void *context,
+                       FoxError *err);
 
 #endif
