@@ -73,21 +73,19 @@ bool metrics_open(Metrics *m, const char *out_dir, int64_t step, FoxError *err) 
     return m->fd >= 0 || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
 }
 
-/* A record under construction in memory. */
+/* A record under construction in memory. It must stay where it is: the stream writes to its fields. */
 typedef struct Record {
     FILE *stream;
     char *text;
     size_t length;
 } Record;
 
-static Record record_begin(const char *kind, int64_t step) {
-    Record r = {NULL, NULL, 0};
-    r.stream = open_memstream(&r.text, &r.length);
-    if (r.stream == NULL) {
+static void record_begin(Record *r, const char *kind, int64_t step) {
+    r->stream = open_memstream(&r->text, &r->length);
+    if (r->stream == NULL) {
         fox_die("out of memory");
     }
-    fprintf(r.stream, "{\"kind\": \"%s\", \"step\": %lld", kind, (long long)step);
-    return r;
+    fprintf(r->stream, "{\"kind\": \"%s\", \"step\": %lld", kind, (long long)step);
 }
 
 static void record_number(Record *r, const char *key, double value) {
@@ -134,7 +132,8 @@ void metrics_close(Metrics *m) {
 
 void metrics_run(Metrics *m, int64_t step, const char *settings) {
     if (m->active) {
-        Record r = record_begin("run", step);
+        Record r;
+        record_begin(&r, "run", step);
         fprintf(r.stream, ", \"settings\": %s", settings);
         record_write(m, &r);
     }
@@ -142,7 +141,8 @@ void metrics_run(Metrics *m, int64_t step, const char *settings) {
 
 void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss) {
     if (m->active) {
-        Record r = record_begin("validation", step);
+        Record r;
+        record_begin(&r, "validation", step);
         record_integer(&r, "tokens", tokens);
         record_number(&r, "loss", loss);
         record_write(m, &r);
@@ -158,7 +158,8 @@ void metrics_pruning(Metrics *m, int64_t step, int layers, int heads, const doub
     if (!m->active || !(all > 0)) {
         return;
     }
-    Record r = record_begin("pruning", step);
+    Record r;
+    record_begin(&r, "pruning", step);
     record_number(&r, "pruned", all_skipped / all);
     fputs(", \"layers\": [", r.stream);
     for (int l = 0; l < layers; l++) {
@@ -247,14 +248,15 @@ void metrics_step(Metrics *m, const StepRecord *s) {
     if (!m->active) {
         return;
     }
-    Record r = record_begin("step", s->step);
+    Record r;
+    record_begin(&r, "step", s->step);
     record_integer(&r, "tokens", s->tokens);
     record_number(&r, "loss", s->loss);
     record_number(&r, "lr", s->learning_rate);
     record_number(&r, "grad_norm", s->grad_norm);
     fprintf(r.stream, ", \"applied\": %s", s->applied ? "true" : "false");
-    record_number(&r, "step_ms", 1000 * s->seconds);
-    record_number(&r, "tokens_per_s", (double)s->step_tokens / s->seconds);
+    record_number(&r, "step_ms", round(1e6 * s->seconds) / 1e3);
+    record_number(&r, "tokens_per_s", round(10 * (double)s->step_tokens / s->seconds) / 10);
     record_number(&r, "mfu", s->mfu);
     record_number(&r, "pruned", s->pruned);
     if (s->gpu_memory >= 0) {
