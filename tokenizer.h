@@ -877,8 +877,9 @@ static inline bool tokenizer_merge_line(Tokenizer *t, const TokenizerLine *line,
     int right_token = tokenizer_find(t, bytes + left, right, end);
     int token = tokenizer_find(t, bytes, left + right, end);
     if (left_token < 0 || right_token < 0 || token < 0) {
-        return fox_fail(err, "%s:%d: %s is not in vocab.json; the two files must belong together", line->path,
-                        line->number, left_token < 0 ? "the left token" : right_token < 0 ? "the right token" : "the merged token");
+        const char *missing = left_token < 0 ? "left" : right_token < 0 ? "right" : "merged";
+        return fox_fail(err, "%s:%d: the %s token is not in vocab.json; the two files must belong together", line->path,
+                        line->number, missing);
     }
     TokenizerPair *slot = tokenizer_pair(t, (uint32_t)left_token, (uint32_t)right_token);
     if (slot->rank != TOKENIZER_NO_RANK) {
