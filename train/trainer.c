@@ -194,6 +194,27 @@ static bool find_run(Trainer *t, FoxError *err) {
     return true;
 }
 
+/* A config.json may claim any size. Before memory is taken for the model, its weights must at least be there, in two
+ * bytes a parameter or more. */
+static bool check_weights(const char *dir, const FoxConfig *config, FoxError *err) {
+    PathList files;
+    if (!path_list(dir, "*.safetensors", &files, err)) {
+        return false;
+    }
+    int64_t bytes = 0;
+    for (int i = 0; i < files.count; i++) {
+        struct stat status;
+        bytes += stat(files.paths[i], &status) == 0 ? (int64_t)status.st_size : 0;
+    }
+    path_list_free(&files);
+    FoxTable table = fox_table_create(config);
+    int64_t parameters = table.parameters;
+    fox_table_free(&table);
+    return bytes / 2 >= parameters ||
+           fox_fail(err, "%s: config.json describes %lld parameters, but the weights are %lld bytes; expected at least %lld",
+                    dir, (long long)parameters, (long long)bytes, (long long)(2 * parameters));
+}
+
 static bool read_model(Trainer *t, FoxError *err) {
     const Options *o = &t->options;
     const FoxPreset *preset = fox_find_preset(o->model);
@@ -209,7 +230,7 @@ static bool read_model(Trainer *t, FoxError *err) {
         }
         t->config = config;
     }
-    if (!fox_config_check(&t->config, err)) {
+    if (!fox_config_check(&t->config, err) || (dir != NULL && !check_weights(dir, &t->config, err))) {
         return false;
     }
     if (t->train.vocab_size > t->config.vocab_size) {
