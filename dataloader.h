@@ -460,6 +460,9 @@ static inline bool dataloader_seek(DataLoader *loader, int64_t next_window, FoxE
     if (next_window < 0 || next_window >= DATALOADER_END) {
         return fox_fail(err, "data loader: position %lld in the data is not in 0..2^62", (long long)next_window);
     }
+    if (!loader->running) {
+        return fox_fail(err, "data loader: seek before open");
+    }
     loader->taking.step_start = next_window;
     loader->taking.batch = 0;
     pthread_mutex_lock(&loader->mutex);
@@ -478,6 +481,9 @@ static inline bool dataloader_seek(DataLoader *loader, int64_t next_window, FoxE
  * the rows after them are zero. An error of the thread is reported here, after the batches that came before it, and again
  * at every further call until a seek. */
 static inline bool dataloader_next(DataLoader *loader, int32_t *tokens, int32_t *targets, FoxError *err) {
+    if (!loader->running) {
+        return fox_fail(err, "data loader: next before open");
+    }
     pthread_mutex_lock(&loader->mutex);
     while (loader->ready == 0 && !loader->failed) {
         pthread_cond_wait(&loader->arrived, &loader->mutex);
