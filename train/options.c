@@ -28,11 +28,11 @@ typedef struct Option {
 
 static const Option table[] = {
     {"Data and model", 'i', "data", OPTION_STRING, FIELD(data), NO_RANGE, "",
-     "training shards: a folder (its *train*.bin), a glob or a file"},
+     "training shards: folder (its *train*.bin), glob or file"},
     {NULL, 'j', "val-data", OPTION_STRING, FIELD(val_data), NO_RANGE, "",
-     "validation shards; not given: *val*.bin of the folder -i"},
+     "validation shards; not given: *val*.bin of -i"},
     {NULL, 0, "vocab", OPTION_STRING, FIELD(vocab), NO_RANGE, "",
-     "vocabulary for samples; not given: bytes, if the data has 257 tokens"},
+     "vocabulary file; not given: bytes, if the data has 257 tokens"},
     {NULL, 'o', "out", OPTION_STRING, FIELD(out), NO_RANGE, "out", "folder for checkpoints and metrics.jsonl"},
     {NULL, 'e', "model", OPTION_STRING, FIELD(model), NO_RANGE, "fox-pro-125m", "a preset's name or a checkpoint folder"},
     {NULL, 'T', "context", OPTION_INT, FIELD(context), "0", "1048576", "0", "tokens in a sequence; 0: the preset's"},
@@ -67,9 +67,9 @@ static const Option table[] = {
     {"Reports", 'v', "val-every", OPTION_INT, FIELD(val_every), "0", MAX_COUNT, "250",
      "steps between validations; 0: never"},
     {NULL, 0, "val-batches", OPTION_INT, FIELD(val_batches), "0", MAX_COUNT, "20",
-     "micro-batches of a validation, over all ranks; 0: all data"},
+     "micro-batches a validation, over all ranks; 0: all data"},
     {NULL, 0, "pruning-every", OPTION_INT, FIELD(pruning_every), "0", MAX_COUNT, "250",
-     "steps between pruning reports by layer and head; 0: never"},
+     "steps between reports by layer and head; 0: never"},
     {NULL, 's', "sample-every", OPTION_INT, FIELD(sample_every), "0", MAX_COUNT, "0",
      "steps between samples; 0: never"},
     {NULL, 0, "sample-tokens", OPTION_INT, FIELD(sample_tokens), "1", "1048576", "256", "length of a sample"},
@@ -423,12 +423,12 @@ void options_help(FILE *out) {
         const Option *option = &table[i];
         char names[40], allowed[128];
         if (option->group != NULL) {
-            fprintf(out, "\n%-25s %-24s %-13s\n", option->group, "allowed", "default");
+            fprintf(out, "\n%-24s %-22s %s\n", option->group, "allowed", "default");
         }
         snprintf(names, sizeof names, "%c%c%c --%s", option->letter ? '-' : ' ', option->letter ? option->letter : ' ',
                  option->letter ? ',' : ' ', option->name);
         allowed_text(option, allowed, sizeof allowed);
-        fprintf(out, "%-25s %-24s %-13s %s\n", names, allowed, option->initial ? option->initial : "", option->help);
+        fprintf(out, "%-24s %-22s %-12s %s\n", names, allowed, option->initial ? option->initial : "", option->help);
     }
     fputs("\nModels (-e):", out);
     for (int i = 0; fox_preset(i) != NULL; i++) {
