@@ -24,10 +24,13 @@ static void on_signal(int number) {
 static bool everyone(const Trainer *t, bool ok, FoxError *err) {
     int size = t->ranks.size, rank = t->ranks.rank;
     int lowest = size - ranks_max_int(&t->ranks, ok ? 0 : size - rank);
+    if (lowest == size) {
+        return true;
+    }
     if (rank != lowest) {
         err->text[0] = '\0';
     }
-    return lowest == size;
+    return false;
 }
 
 static bool is_directory(const char *path) {
