@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* ---- helpers ------------------------------------------------------------------------------------------------------ */
+/* ---- helpers ----------------------------------------------------------------------------------------------------- */
 
 /* A fresh random word per call; the key changes from run to run and is printed, so that a failure can be repeated. */
 typedef struct FilesRandom {
@@ -77,7 +77,7 @@ static void files_replace(const char *path, const char *from, const char *to) {
     free(text);
 }
 
-/* ---- files -------------------------------------------------------------------------------------------------------- */
+/* ---- files ------------------------------------------------------------------------------------------------------- */
 
 static void test_files_basics(Tests *t) {
     char dir[512], path[512], link[512];
@@ -137,12 +137,30 @@ static void test_files_basics(Tests *t) {
     }
 }
 
-/* ---- JSON --------------------------------------------------------------------------------------------------------- */
+/* ---- JSON -------------------------------------------------------------------------------------------------------- */
 
 static const char *const json_good[] = {
-    "0", "-0", " 1 ", "1e5", "-1.25E-3", "[]", "{}", "[[],{}]", "true", "false", "null", "\"\"", "\"\\u0000\"",
-    "{\"a\":1,\"A\":1,\"\":1}", "\"\\ud83e\\udd8a\"", "\"\xf0\x9f\xa6\x8a\"", "\t\r\n[1 , 2]\n", "123456789012345678901234567890",
-    "1e-9999", "\"\x7f\"", "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"",
+    "0",
+    "-0",
+    " 1 ",
+    "1e5",
+    "-1.25E-3",
+    "[]",
+    "{}",
+    "[[],{}]",
+    "true",
+    "false",
+    "null",
+    "\"\"",
+    "\"\\u0000\"",
+    "{\"a\":1,\"A\":1,\"\":1}",
+    "\"\\ud83e\\udd8a\"",
+    "\"\xf0\x9f\xa6\x8a\"",
+    "\t\r\n[1 , 2]\n",
+    "123456789012345678901234567890",
+    "1e-9999",
+    "\"\x7f\"",
+    "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"",
 };
 
 static const struct {
@@ -291,7 +309,8 @@ static void test_files_json(Tests *t, FilesRandom *r) {
         check(t, d.root->count == 4 && n->is_integer && n->integer == -12 && !x->is_integer && x->number == 2.5 &&
               !big->is_integer && big->number == 0x1p63, "numbers");
         check(t, s->string_length == 7 && memcmp(s->string, "a\0b\xf0\x9f\xa6\x8a", 8) == 0, "string with a zero byte");
-        check(t, json_get(d.root, "none") == NULL && json_get(NULL, "n") == NULL && json_get(n, "n") == NULL, "json_get");
+        check(t, json_get(d.root, "none") == NULL && json_get(NULL, "n") == NULL && json_get(n, "n") == NULL,
+              "json_get");
         json_free(&d);
     }
 
@@ -322,7 +341,7 @@ static void test_files_json(Tests *t, FilesRandom *r) {
     test_files_json_round_trip(t, r);
 }
 
-/* ---- safetensors -------------------------------------------------------------------------------------------------- */
+/* ---- safetensors ------------------------------------------------------------------------------------------------- */
 
 static void files_write_safetensors(const char *path, const char *header, const void *data, size_t size) {
     FILE *out = fopen(path, "wb");
@@ -350,7 +369,8 @@ static const struct {
     {TWO("[8,16]", "[0,8]"), 16, NULL},
     {"{\"z\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[4,4]},"
      "\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
-     "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", 8, NULL},
+     "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}",
+     8, NULL},
     {"{}", 0, NULL},
     {"{\"__metadata__\":{\"format\":\"pt\"}}", 0, NULL},
     {"{}", 1, "the tensors only 0"},
@@ -369,9 +389,9 @@ static const struct {
     {ONE("F32", "[2.0]", "[0,8]"), 8, "whole numbers"},
     {ONE("F32", "[-2]", "[0,8]"), 8, "whole numbers"},
     {ONE("F32", "[\"2\"]", "[0,8]"), 8, "whole numbers"},
-    {ONE("F32", "[4294967296,4294967296,2]", "[0,8]"), 8, "whole numbers"},  /* 2^65 wraps to 0 */
+    {ONE("F32", "[4294967296,4294967296,2]", "[0,8]"), 8, "whole numbers"}, /* 2^65 wraps to 0 */
     {ONE("F32", "[9223372036854775808]", "[0,8]"), 8, "whole numbers"},
-    {ONE("F32", "[4611686018427387904]", "[0,0]"), 0, "elements"},           /* 2^62 floats wrap to 0 bytes */
+    {ONE("F32", "[4611686018427387904]", "[0,0]"), 0, "elements"}, /* 2^62 floats wrap to 0 bytes */
     {ONE("F32", "[2]", "[0,4]"), 8, "2 elements of F32 but 4 bytes"},
     {ONE("F32", "[2]", "[0,9]"), 9, "2 elements of F32 but 9 bytes"},
     {ONE("F32", "[2]", "[0,8]"), 7, "cut off"},
@@ -387,8 +407,10 @@ static const struct {
     {TWO("[0,8]", "[0,8]"), 8, "before the other's end"},
     {TWO("[0,8]", "[12,20]"), 20, "leaving a gap"},
     {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
-     "\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}", 16, "twice"},
-    {"{\"a\":[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[", 0, "nested more than"},
+     "\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,16]}}",
+     16, "twice"},
+    {"{\"a\":[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[", 0,
+     "nested more than"},
 };
 
 /* Files that go wrong before their header: its length, or no file at all. */
@@ -398,8 +420,13 @@ static void test_files_safetensors_lengths(Tests *t) {
         int size; /* bytes of the whole file */
         const char *error;
     } cases[] = {
-        {2, 0, "too few"}, {2, 7, "too few"}, {3, 10, "claims a header"}, {(uint64_t)1 << 63, 10, "claims a header"},
-        {UINT64_MAX, 10, "claims a header"}, {UINT64_MAX - 7, 10, "claims a header"}, {200000000, 10, "claims a header"},
+        {2, 0, "too few"},
+        {2, 7, "too few"},
+        {3, 10, "claims a header"},
+        {(uint64_t)1 << 63, 10, "claims a header"},
+        {UINT64_MAX, 10, "claims a header"},
+        {UINT64_MAX - 7, 10, "claims a header"},
+        {200000000, 10, "claims a header"},
         {0, 10, "found the end"},
     };
     char path[512], bytes[10] = "........{}";
@@ -470,11 +497,13 @@ static void test_files_safetensors_round_trip(Tests *t, FilesRandom *r) {
                 float *copy = FOX_NEW(float, sizes[i] + 1);
                 int64_t cut = sizes[i] / 3;
                 ok = s != NULL && s->ndim == ndim[i] && s->shape[0] == shapes[i][0] && s->count == sizes[i] &&
-                     (ndim[i] == 1 || s->shape[1] == shapes[i][1]) && safetensors_read_float(&st, s, 0, cut, copy, &err) &&
+                     (ndim[i] == 1 || s->shape[1] == shapes[i][1]) &&
+                     safetensors_read_float(&st, s, 0, cut, copy, &err) &&
                      safetensors_read_float(&st, s, cut, sizes[i] - cut, copy + cut, &err) &&
                      memcmp(copy, data[i], sizeof(float) * (size_t)sizes[i]) == 0;
                 check(t, ok, "tensor %s came back otherwise: %s", names[i], err.text);
-                check(t, s == NULL || !safetensors_read_float(&st, s, cut, sizes[i] - cut + 1, copy, NULL), "read past the end");
+                check(t, s == NULL || !safetensors_read_float(&st, s, cut, sizes[i] - cut + 1, copy, NULL),
+                      "read past the end");
                 free(copy);
             }
             safetensors_close(&st);
@@ -496,7 +525,8 @@ static void test_files_safetensors_narrow(Tests *t) {
         bits[i] = (uint16_t)i;
     }
     for (int k = 0; k < 2; k++) {
-        snprintf(header, sizeof header, "{\"a\":{\"dtype\":\"%s\",\"shape\":[65536],\"data_offsets\":[0,131072]}}", dtypes[k]);
+        snprintf(header, sizeof header, "{\"a\":{\"dtype\":\"%s\",\"shape\":[65536],\"data_offsets\":[0,131072]}}",
+                 dtypes[k]);
         files_write_safetensors(files_path(t, path, "narrow.safetensors"), header, bits, 131072);
         SafeTensors st;
         FoxError err = {""};
@@ -540,7 +570,8 @@ static void test_files_safetensors_mutations(Tests *t, FilesRandom *r) {
         SafeTensors st;
         FoxError err = {""};
         if (!safetensors_open(path, &st, &err)) {
-            check(t, err.text[0] != '\0' && strchr(err.text, '\n') == NULL, "byte %d: no clean error: %s", at, err.text);
+            check(t, err.text[0] != '\0' && strchr(err.text, '\n') == NULL, "byte %d: no clean error: %s", at,
+                  err.text);
             continue;
         }
         for (int k = 0; k < st.count; k++) {
@@ -585,10 +616,12 @@ static void test_files_safetensors(Tests *t, FilesRandom *r) {
     files_failed(t, safetensors_write("/dev/full", 1, names, ndim, shapes, NULL, files_source, &arrays, &err), &err,
                  "No space", "a full disk");
     err.text[0] = '\0';
-    files_failed(t, safetensors_write(files_path(t, path, "none/x"), 1, names, ndim, shapes, NULL, files_source, &arrays,
-                                      &err), &err, "cannot create", "no directory");
+    files_failed(
+        t, safetensors_write(files_path(t, path, "none/x"), 1, names, ndim, shapes, NULL, files_source, &arrays, &err),
+        &err, "cannot create", "no directory");
     err.text[0] = '\0';
-    files_failed(t, safetensors_write(files_path(t, path, "x"), 1, names, ndim, shapes, NULL, files_no_source, NULL, &err),
+    files_failed(t,
+                 safetensors_write(files_path(t, path, "x"), 1, names, ndim, shapes, NULL, files_no_source, NULL, &err),
                  &err, "no data for tensor a", "a source that fails");
     free(zeros);
     test_files_safetensors_lengths(t);
@@ -597,7 +630,7 @@ static void test_files_safetensors(Tests *t, FilesRandom *r) {
     test_files_safetensors_mutations(t, r);
 }
 
-/* ---- configuration and table ------------------------------------------------------------------------------------- */
+/* ---- configuration and table ------------------------------------------------------------------------------------ */
 
 /* Facts of the presets, counted by hand and independent of the table: inner widths, and the sum over matrices. */
 static void test_files_presets(Tests *t) {
@@ -622,11 +655,11 @@ static void test_files_presets(Tests *t) {
         int64_t want = (2 * 50257 + 1) * d + L * (square * d * d + 3 * inner * d + per_head * H * d + vectors * d);
         want += p->fox ? L * H : 0;
         FoxTable table = fox_table_create(&c);
-        check(t, table.parameters == want, "%s has %" PRId64 " parameters, expected %" PRId64, p->name, table.parameters,
-              want);
+        check(t, table.parameters == want, "%s has %" PRId64 " parameters, expected %" PRId64, p->name,
+              table.parameters, want);
         check(t, c.use_rope == !p->fox && c.use_forget_gate == p->fox && c.qk_norm == p->pro, "%s: switches", p->name);
-        check(t, p->batch_tokens % p->context == 0 && p->learning_rate >= 5e-4 && p->learning_rate <= 3e-3, "%s: recipe",
-              p->name);
+        check(t, p->batch_tokens % p->context == 0 && p->learning_rate >= 5e-4 && p->learning_rate <= 3e-3,
+              "%s: recipe", p->name);
         fox_table_free(&table);
     }
     check(t, count == 13 && fox_preset(-1) == NULL && fox_find_preset("fox") == NULL, "%d presets", count);
@@ -675,7 +708,8 @@ static void test_files_table(Tests *t, FilesRandom *r) {
             end = s->offset + s->size;
             parameters += s->size;
         }
-        check(t, table.total % 16 == 0 && table.total >= end && table.total - end < 16 && parameters == table.parameters,
+        check(t,
+              table.total % 16 == 0 && table.total >= end && table.total - end < 16 && parameters == table.parameters,
               "total %" PRId64, table.total);
         check(t, fox_table_find(&table, "model.layers.0.attn.q_proj") == -1, "a name that is not there");
         for (int layer = 0; layer < c.num_hidden_layers; layer++) {
@@ -823,9 +857,11 @@ static void test_files_config(Tests *t, FilesRandom *r) {
         check(t, strstr(err.text, "config.json") != NULL, "%s: the error does not name the file: %s", text, err.text);
     }
     /* the official defaults, and null where the official code allows it */
-    check(t, files_read_config(t, "", &c, &err) && c.vocab_size == 32000 && c.hidden_size == 2048 && c.num_heads == 32 &&
-          c.num_hidden_layers == 24 && c.intermediate_size == 5632 && c.use_forget_gate && !c.use_rope && !c.qk_norm &&
-          !c.use_output_gate && c.rope_base == 500000.0 && c.norm_eps == 1e-6, "defaults: %s", err.text);
+    check(t,
+          files_read_config(t, "", &c, &err) && c.vocab_size == 32000 && c.hidden_size == 2048 && c.num_heads == 32 &&
+              c.num_hidden_layers == 24 && c.intermediate_size == 5632 && c.use_forget_gate && !c.use_rope &&
+              !c.qk_norm && !c.use_output_gate && c.rope_base == 500000.0 && c.norm_eps == 1e-6,
+          "defaults: %s", err.text);
     check(t, files_read_config(t, "\"hidden_ratio\": null, \"intermediate_size\": null, \"num_kv_heads\": 32, "
                                   "\"ogate_act\": \"silu\", \"hidden_size\": 1024", &c, &err) &&
           c.intermediate_size == 2816, "nulls: %s", err.text);
@@ -864,11 +900,14 @@ static void test_files_fixtures(Tests *t) {
             continue;
         }
         if (check(t, checkpoint_config_from_metadata(&st, &c, &err), "%s", err.text)) {
-            check(t, c.hidden_size == 128 && c.num_heads == 2 && c.num_hidden_layers == 2 && c.vocab_size == 128 &&
-                  c.intermediate_size == 192 && c.qk_norm == (i == 0) && c.use_output_gate == (i == 0) &&
-                  c.use_forget_gate == (i < 2) && c.use_rope == (i == 2) && c.norm_eps == 1e-6, "%s: settings", names[i]);
+            check(t,
+                  c.hidden_size == 128 && c.num_heads == 2 && c.num_hidden_layers == 2 && c.vocab_size == 128 &&
+                      c.intermediate_size == 192 && c.qk_norm == (i == 0) && c.use_output_gate == (i == 0) &&
+                      c.use_forget_gate == (i < 2) && c.use_rope == (i == 2) && c.norm_eps == 1e-6,
+                  "%s: settings", names[i]);
             FoxTable table = fox_table_create(&c);
-            check(t, st.count == 2 * table.count + 4, "%s: %d tensors, expected %d", names[i], st.count, 2 * table.count + 4);
+            check(t, st.count == 2 * table.count + 4, "%s: %d tensors, expected %d", names[i], st.count,
+                  2 * table.count + 4);
             for (int k = 0; k < table.count; k++) {
                 const FoxTensor *want = &table.tensors[k];
                 char grad[100];
@@ -882,7 +921,8 @@ static void test_files_fixtures(Tests *t) {
             }
             const SafeTensor *ids = safetensors_find(&st, "input_ids");
             int32_t tokens[400];
-            if (check(t, ids != NULL && ids->count == 400 && safetensors_read_int32(&st, ids, tokens, &err), "input_ids")) {
+            if (check(t, ids != NULL && ids->count == 400 && safetensors_read_int32(&st, ids, tokens, &err),
+                      "input_ids")) {
                 int wrong = 0;
                 for (int k = 0; k < 400; k++) {
                     wrong += tokens[k] < 0 || tokens[k] >= 128;
@@ -895,7 +935,7 @@ static void test_files_fixtures(Tests *t) {
     }
 }
 
-/* ---- checkpoints -------------------------------------------------------------------------------------------------- */
+/* ---- checkpoints ------------------------------------------------------------------------------------------------- */
 
 /* A back end that only stores: the four buffers in main memory. */
 static void files_fake_read(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *host) {
@@ -946,8 +986,8 @@ static void files_fake_fill(Backend *b, FilesRandom *r) {
 }
 
 static bool files_fake_same(const Backend *a, const Backend *b, FoxBuffer buffer) {
-    return a->table.total == b->table.total &&
-           memcmp(((float **)a->self)[buffer], ((float **)b->self)[buffer], sizeof(float) * (size_t)a->table.total) == 0;
+    return a->table.total == b->table.total && memcmp(((float **)a->self)[buffer], ((float **)b->self)[buffer],
+                                                      sizeof(float) * (size_t)a->table.total) == 0;
 }
 
 static TrainState files_state(FilesRandom *r, int64_t step) {
@@ -1028,7 +1068,8 @@ static void test_files_checkpoint_damage(Tests *t, FilesRandom *r) {
         {"model.safetensors", "\"shape\":[32,16]", "\"shape\":[512  ]", "has shape [512], expected [32, 16]"},
         {"model.safetensors", "\"pt\"", "\"p\"", "expected the end"},
         {"config.json", "\"vocab_size\": 32", "\"vocab_size\": 31", "has shape [32, 16], expected [31, 16]"},
-        {"config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "model.layers.2.attn_norm.weight is missing"},
+        {"config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3",
+         "model.layers.2.attn_norm.weight is missing"},
         {"config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "unexpected tensor model.layers.1."},
         {"config.json", "\"use_k_shift\": true", "\"use_k_shift\": false", "unexpected tensor"},
         {"config.json", "\"fgate_type\": \"full\"", "\"fgate_type\": \"none\"", "unexpected tensor"},
@@ -1037,9 +1078,11 @@ static void test_files_checkpoint_damage(Tests *t, FilesRandom *r) {
         {"state.json", "\"seed\": \"0x", "\"seed\": \"zz", "seed is"},
         {"state.json", "\"seed\": \"0x", "\"seed\": \"0x00", "expected a string of hexadecimal digits"},
         {"state.json", "\"tokens\": ", "\"tokens\": -", "tokens is -"},
-        {"state.json", "\"param_hash\": \"0x", "\"param_hash\": \"0x0000000000000001\", \"x\": \"", "the checkpoint is damaged"},
+        {"state.json", "\"param_hash\": \"0x", "\"param_hash\": \"0x0000000000000001\", \"x\": \"",
+         "the checkpoint is damaged"},
         {"state.json", "\"optimizer_files\": 1", "\"optimizer_files\": 0", "out of range"},
-        {"state.json", "\"optimizer_files\": 1", "\"optimizer_files\": 2", "optimizer-00000-of-00002.safetensors: cannot open"},
+        {"state.json", "\"optimizer_files\": 1", "\"optimizer_files\": 2",
+         "optimizer-00000-of-00002.safetensors: cannot open"},
         {"state.json", "}", "", "state.json: line"},
         {"optimizer-00000-of-00001.safetensors", "exp_avg_sq", "exp_avg_mq", "expected a tensor exp_avg_sq"},
         {"optimizer-00000-of-00001.safetensors", "\"start\":\"0\"", "\"start\":\"1\"", "expected from 0"},
@@ -1073,7 +1116,8 @@ static void test_files_checkpoint_damage(Tests *t, FilesRandom *r) {
         snprintf(path, sizeof path, "%s/%s", checkpoint, files[i]);
         unlink(path);
         FoxError err = {""};
-        files_failed(t, files_load(checkpoint, &b, &s, &err), &err, i == 2 ? "no run to resume" : "No such file", files[i]);
+        files_failed(t, files_load(checkpoint, &b, &s, &err), &err, i == 2 ? "no run to resume" : "No such file",
+                     files[i]);
         err.text[0] = '\0';
         files_failed(t, checkpoint_latest(dir, path, &err), &err, "no other checkpoint", files[i]);
     }
@@ -1100,7 +1144,8 @@ static void files_write_moments(const char *dir, int index, int of, const Backen
     for (int i = 0; i < 3; i++) {
         snprintf(numbers[i], sizeof numbers[i], "%" PRId64, values[i]);
     }
-    const char *const metadata[] = {"start", numbers[0], "length", numbers[1], "total", numbers[2], "layout", layout, NULL};
+    const char *const metadata[] = {"start",    numbers[0], "length", numbers[1], "total",
+                                    numbers[2], "layout",   layout,   NULL};
     snprintf(path, sizeof path, "%s/optimizer-%05d-of-%05d.safetensors", dir, index, of);
     FoxError err = {""};
     if (!safetensors_write(path, 2, names, ndim, shapes, metadata, files_source, &arrays, &err)) {
@@ -1127,7 +1172,8 @@ static void test_files_checkpoint_shards(Tests *t, FilesRandom *r) {
     snprintf(path, sizeof path, "%s/state.json", checkpoint);
     files_replace(path, "\"optimizer_files\": 1", "\"optimizer_files\": 3");
     if (check(t, files_load(checkpoint, &b, &s, &err), "three optimizer files: %s", err.text)) {
-        check(t, files_fake_same(&a, &b, FOX_ADAM_M) && files_fake_same(&a, &b, FOX_ADAM_V), "moments from three files");
+        check(t, files_fake_same(&a, &b, FOX_ADAM_M) && files_fake_same(&a, &b, FOX_ADAM_V),
+              "moments from three files");
         files_fake_close(&b);
     }
     files_write_moments(checkpoint, 1, 3, &a, one + 1, two - one - 1);
@@ -1135,7 +1181,8 @@ static void test_files_checkpoint_shards(Tests *t, FilesRandom *r) {
     files_write_moments(checkpoint, 1, 3, &a, one, two - one);
     files_write_moments(checkpoint, 2, 3, &a, two, 4);
     err.text[0] = '\0';
-    files_failed(t, files_load(checkpoint, &b, &s, &err), &err, "optimizer files end at", "optimizer files that end early");
+    files_failed(t, files_load(checkpoint, &b, &s, &err), &err, "optimizer files end at",
+                 "optimizer files that end early");
 
     /* the model: even tensors in one file (bfloat16), odd ones in another (float32) */
     snprintf(path, sizeof path, "%s/model.safetensors", checkpoint);
@@ -1151,8 +1198,8 @@ static void test_files_checkpoint_shards(Tests *t, FilesRandom *r) {
         const FoxTensor *p = &a.table.tensors[i];
         int k = i % 2;
         float *w = ((float **)a.self)[FOX_PARAMS] + p->offset;
-        fprintf(out[k], "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%" PRId64, used[k] ? ',' : '{', p->name, k ? "F32" : "BF16",
-                p->shape[0]);
+        fprintf(out[k], "%c\"%s\":{\"dtype\":\"%s\",\"shape\":[%" PRId64, used[k] ? ',' : '{', p->name,
+                k ? "F32" : "BF16", p->shape[0]);
         fprintf(out[k], p->ndim == 2 ? ",%" PRId64 "]" : "]", p->shape[1]);
         fprintf(out[k], ",\"data_offsets\":[%" PRId64 ",", used[k]);
         for (int64_t j = 0; j < p->size; j++) {
@@ -1189,7 +1236,8 @@ static void test_files_checkpoint_shards(Tests *t, FilesRandom *r) {
     files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "same directory", "a file name with a path");
     files_write_text(path, "{\"weight_map\":{\"lm_head.weight\":\"model-00001-of-00002.safetensors\"}}");
     err.text[0] = '\0';
-    files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "is missing", "an index without the second file");
+    files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "is missing",
+                 "an index without the second file");
     files_write_text(path, "{\"weight_map\":[]}");
     err.text[0] = '\0';
     files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "no weight_map", "an index without a map");
@@ -1244,9 +1292,9 @@ static void test_files_checkpoint_directory(Tests *t, FilesRandom *r) {
     for (int step = 10; step <= 60; step += 10) {
         files_save(dir, &a, r, step);
     }
-    static const char *const strange[] = {"tmp_step_00000070", "step_0000080", "step_00000x90", "step_000000100", "steps",
-                                          "tmp_step_00000075", "old_step_00000099x", "step_-0000001",
-                                          "step_99999999999999999999999999"};
+    static const char *const strange[] = {"tmp_step_00000070",  "step_0000080",  "step_00000x90",
+                                          "step_000000100",     "steps",         "tmp_step_00000075",
+                                          "old_step_00000099x", "step_-0000001", "step_99999999999999999999999999"};
     for (int i = 0; i < 9; i++) {
         snprintf(other, sizeof other, "%s/%s", dir, strange[i]);
         make_directories(other, NULL);
@@ -1276,8 +1324,10 @@ static void test_files_checkpoint_directory(Tests *t, FilesRandom *r) {
     check(t, !files_is_there(dir, "tmp_step_00000070") && files_is_there(dir, "tmp_step_00000075") &&
           files_is_there(dir, "step_00000020"), "prune that keeps all");
     checkpoint_prune(dir, 2);
-    check(t, files_is_there(dir, "step_00000060") && files_is_there(dir, "step_00000050") &&
-          files_is_there(dir, "step_00000040") && files_is_there(dir, "step_00000030"), "prune keeps the newest whole ones");
+    check(t,
+          files_is_there(dir, "step_00000060") && files_is_there(dir, "step_00000050") &&
+              files_is_there(dir, "step_00000040") && files_is_there(dir, "step_00000030"),
+          "prune keeps the newest whole ones");
     check(t, !files_is_there(dir, "step_00000020") && files_is_there(dir, "step_00000010/notes.txt"), "prune removes");
     for (int i = 1; i < 9; i++) {
         check(t, files_is_there(dir, strange[i]), "prune touched %s", strange[i]);
@@ -1338,7 +1388,8 @@ static void test_files_checkpoint_full(Tests *t, FilesRandom *r) {
         files_fake_close(&b);
     }
     err.text[0] = '\0';
-    files_failed(t, checkpoint_save(dir, &a, &files_alone, &s, "{\"a\":", NULL, &err), &err, "settings", "bad settings");
+    files_failed(t, checkpoint_save(dir, &a, &files_alone, &s, "{\"a\":", NULL, &err), &err, "settings",
+                 "bad settings");
     err.text[0] = '\0';
     char file[700];
     snprintf(file, sizeof file, "%s/step_00000001/state.json", dir);
