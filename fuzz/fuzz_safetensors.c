@@ -1,7 +1,7 @@
 /* Fuzzes the safetensors reader: any file opens or fails cleanly; of what opens, the tensors tile the data exactly and
  * every element can be read. The input's first byte chooses what the rest is: a whole file; a header; or a header in
- * shorthand, where small bytes stand for the pieces that headers are made of, so that inputs reach the checks behind the
- * JSON reader without a corpus of seeds. */
+ * shorthand, where small bytes stand for the pieces that headers are made of, so that inputs reach the checks behind
+ * the JSON reader without a corpus of seeds. */
 #define _GNU_SOURCE
 #include "../train/checkpoint.h"
 
