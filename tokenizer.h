@@ -1003,11 +1003,11 @@ static inline bool tokenizer_open_folder(Tokenizer *t, const char *path, FoxErro
     return ok;
 }
 
-/* Opens a vocabulary. path: NULL for the built-in bytes, a .tiktoken file, a vocab.json with merges.txt beside it, or a
- * folder with either. Release with tokenizer_free; after a failure there is nothing to release. */
+/* Opens a vocabulary. path: NULL or "" for the built-in bytes, a .tiktoken file, a vocab.json with merges.txt beside
+ * it, or a folder with either. Release with tokenizer_free; after a failure there is nothing to release. */
 static inline bool tokenizer_open(const char *path, Tokenizer *t, FoxError *err) {
     memset(t, 0, sizeof *t);
-    if (path == NULL) {
+    if (path == NULL || path[0] == '\0') {
         tokenizer_open_bytes(t);
         return true;
     }

@@ -97,16 +97,20 @@ static bool set_option(Settings *s, const Option *o, const char *value, FoxError
     return true;
 }
 
-static const Option *find_option(const char *name) {
+/* The option whose name or letter these `length` bytes are, or NULL. */
+static const Option *find_option(const char *text, size_t length) {
     for (size_t i = 0; i < OPTION_COUNT; i++) {
-        if (strcmp(name, options[i].name) == 0 || (options[i].letter != NULL && strcmp(name, options[i].letter) == 0)) {
-            return &options[i];
+        const char *names[2] = {options[i].name, options[i].letter};
+        for (int k = 0; k < 2; k++) {
+            if (names[k] != NULL && strlen(names[k]) == length && memcmp(names[k], text, length) == 0) {
+                return &options[i];
+            }
         }
     }
     return NULL;
 }
 
-/* Reads the command line; "--" ends the options. The paths are collected at the front of argv. */
+/* Reads the command line: "--name VALUE" or "--name=VALUE"; "--" ends the options. The paths are collected at the front of argv. */
 static bool read_options(int argc, char **argv, Settings *s, FoxError *err) {
     s->paths = argv;
     bool only_paths = false;
@@ -116,11 +120,15 @@ static bool read_options(int argc, char **argv, Settings *s, FoxError *err) {
         } else if (strcmp(argv[i], "--") == 0) {
             only_paths = true;
         } else {
-            const Option *o = find_option(argv[i]);
-            if (o == NULL) {
+            size_t length = strcspn(argv[i], "=");
+            const char *value = argv[i][length] == '=' ? argv[i] + length + 1 : NULL;
+            const Option *o = find_option(argv[i], length);
+            if (o == NULL || (o->type == OPTION_FLAG && value != NULL)) {
                 return fox_fail(err, "%s: unknown option; make_shards --help lists them", argv[i]);
             }
-            const char *value = o->type == OPTION_FLAG || i + 1 >= argc ? NULL : argv[++i];
+            if (value == NULL && o->type != OPTION_FLAG && i + 1 < argc) {
+                value = argv[++i];
+            }
             if (!set_option(s, o, value, err)) {
                 return false;
             }
