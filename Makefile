@@ -79,9 +79,10 @@ endif
 
 # ---- what is built from what
 LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c))
+TESTS    := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox)
 FUZZERS  := $(patsubst fuzz/%.c,$(BUILD)/%,$(wildcard fuzz/fuzz_*.c))
-OBJECTS  := $(LIBRARY) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD)/scripts/make_shards.o \
+OBJECTS  := $(LIBRARY) $(TESTS) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD)/scripts/make_shards.o \
             $(patsubst %.c,$(BUILD)/%.o,$(wildcard fuzz/fuzz_*.c))
 
 .PHONY: all test demo bench clean help fuzz fuzz-run fuzzers
@@ -90,7 +91,7 @@ all: $(PROGRAMS)
 
 $(BIN)train_fox:   $(BUILD)/train_fox.o
 $(BIN)make_shards: $(BUILD)/scripts/make_shards.o
-$(BIN)test_fox:    $(BUILD)/test_fox.o
+$(BIN)test_fox:    $(BUILD)/test_fox.o $(TESTS)
 $(FUZZERS): $(BUILD)/%: $(BUILD)/fuzz/%.o
 $(PROGRAMS) $(FUZZERS): $(BUILD)/libfox.a
 	@echo 'link      $@'

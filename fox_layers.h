@@ -29,6 +29,7 @@
 #include "train/config.h"
 
 enum { FOX_BLOCK = 64 };  /* queries, and keys, in one block of attention: the grain of pruning on the CPU */
+enum { FOX_PARALLEL = 128 }; /* tokens from which starting threads pays */
 enum { FOX_COLUMNS = 16 }; /* columns that one thread sums at a time in weight gradients */
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -56,7 +57,7 @@ static inline void linear_backward(float *dx, float *dw, const float *dy, const 
 
 /* x[N, d] = rows of w[V, d] named by tokens[N]. */
 static inline void embedding_forward(float *x, const int32_t *tokens, const float *w, int64_t N, int d) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N; n++) {
         memcpy(x + n * d, w + (int64_t)tokens[n] * d, sizeof(float) * (size_t)d);
     }
@@ -64,7 +65,7 @@ static inline void embedding_forward(float *x, const int32_t *tokens, const floa
 
 /* dw[tokens[n]] += dx[n], in the order of n: each thread owns some columns. */
 static inline void embedding_backward(float *dw, const float *dx, const int32_t *tokens, int64_t N, int d) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int j0 = 0; j0 < d; j0 += FOX_COLUMNS) {
         int j1 = (int)fox_min64(j0 + FOX_COLUMNS, d);
         for (int64_t n = 0; n < N; n++) {
@@ -80,7 +81,7 @@ static inline void embedding_backward(float *dw, const float *dx, const int32_t 
  * the residual stream, G = H the norms per head. x, y: [N, G*D]; rstd: [N, G]; w: [G*D], or [D] for all groups (shared). */
 static inline void rmsnorm_forward(float *y, float *rstd, const float *x, const float *w, int64_t N, int G, int D, bool shared,
                                    float eps) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N * G; n++) {
         const float *row = x + n * D, *weight = shared ? w : w + n % G * D;
         float sum = 0;
@@ -97,7 +98,7 @@ static inline void rmsnorm_forward(float *y, float *rstd, const float *x, const 
 /* With xhat = x * rstd and g = dy * w:  dx += rstd * (g - xhat * mean(g * xhat)),  dw += sum over rows of dy * xhat. */
 static inline void rmsnorm_backward(float *dx, float *dw, const float *dy, const float *x, const float *rstd, const float *w,
                                     int64_t N, int G, int D, bool shared) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N * G; n++) {
         const float *row = x + n * D, *grad = dy + n * D, *weight = shared ? w : w + n % G * D;
         float dot = 0, r = rstd[n];
@@ -112,7 +113,7 @@ static inline void rmsnorm_backward(float *dx, float *dw, const float *dy, const
     /* A shared weight sees every group as a row of its own. */
     int groups = shared ? 1 : G, width = groups * D;
     int64_t rows = N * G / groups;
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int j0 = 0; j0 < width; j0 += FOX_COLUMNS) {
         int columns = (int)fox_min64(FOX_COLUMNS, width - j0);
         double sum[FOX_COLUMNS] = {0};
@@ -134,7 +135,7 @@ static inline void rmsnorm_backward(float *dx, float *dw, const float *dy, const
 static inline void token_shift_forward(float *out, const float *z, const float *alpha, const float *previous, int B, int T, int H,
                                        int D) {
     int d = H * D;
-#pragma omp parallel for
+#pragma omp parallel for if ((int64_t)B * T >= FOX_PARALLEL)
     for (int64_t n = 0; n < (int64_t)B * T; n++) {
         const float *before = n % T > 0 ? z + (n - 1) * d : previous ? previous + n / T * d : NULL;
         for (int i = 0; i < d; i++) {
@@ -148,7 +149,7 @@ static inline void token_shift_forward(float *out, const float *z, const float *
 static inline void token_shift_backward(float *dz, float *dalpha, const float *dout, const float *z, const float *alpha, int B,
                                         int T, int H, int D) {
     int d = H * D;
-#pragma omp parallel for
+#pragma omp parallel for if ((int64_t)B * T >= FOX_PARALLEL)
     for (int64_t n = 0; n < (int64_t)B * T; n++) {
         bool first = n % T == 0, last = n % T == T - 1;
         for (int h = 0; h < H; h++) {
@@ -167,7 +168,7 @@ static inline void token_shift_backward(float *dz, float *dalpha, const float *d
  * position * base^(-2i/D). direction +1 is the forward pass, -1 its inverse, which is also its gradient. x: [B, T, H*D],
  * the first token of each sequence at `position`. */
 static inline void rope(float *x, int B, int T, int H, int D, double base, int position, int direction) {
-#pragma omp parallel for
+#pragma omp parallel for if ((int64_t)B * T >= FOX_PARALLEL)
     for (int64_t n = 0; n < (int64_t)B * T; n++) {
         for (int i = 0; i < D / 2; i++) {
             double angle = (double)(position + n % T) * pow(base, -2.0 * i / D);
@@ -218,14 +219,14 @@ static inline void forget_gate_backward(float *df, float *dbias, const double *d
 
 /* out = x * sigmoid(g) */
 static inline void gate_forward(float *out, const float *x, const float *g, int64_t count) {
-#pragma omp parallel for
+#pragma omp parallel for if (count >= FOX_PARALLEL * 64)
     for (int64_t i = 0; i < count; i++) {
         out[i] = x[i] * fox_sigmoid(g[i]);
     }
 }
 
 static inline void gate_backward(float *dx, float *dg, const float *dout, const float *x, const float *g, int64_t count) {
-#pragma omp parallel for
+#pragma omp parallel for if (count >= FOX_PARALLEL * 64)
     for (int64_t i = 0; i < count; i++) {
         float s = fox_sigmoid(g[i]);
         dx[i] += dout[i] * s;
@@ -235,7 +236,7 @@ static inline void gate_backward(float *dx, float *dg, const float *dout, const 
 
 /* out = silu(g) * u, where each row of gu[N, 2F] holds g, then u. out: [N, F]. silu(x) = x sigmoid(x). */
 static inline void swiglu_forward(float *out, const float *gu, int64_t N, int F) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N; n++) {
         const float *g = gu + n * 2 * F, *u = g + F;
         for (int i = 0; i < F; i++) {
@@ -245,7 +246,7 @@ static inline void swiglu_forward(float *out, const float *gu, int64_t N, int F)
 }
 
 static inline void swiglu_backward(float *dgu, const float *dout, const float *gu, int64_t N, int F) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N; n++) {
         const float *g = gu + n * 2 * F, *u = g + F;
         float *dg = dgu + n * 2 * F, *du = dg + F;
@@ -260,7 +261,7 @@ static inline void swiglu_backward(float *dgu, const float *dout, const float *g
 /* losses[n] = log sum_v exp(logits[n, v]) - logits[n, target]. Where scale is not 0, logits become scale * d loss / d logits
  * in place: scale * (softmax - onehot). */
 static inline void cross_entropy(float *losses, float *logits, const int32_t *targets, int64_t N, int V, float scale) {
-#pragma omp parallel for
+#pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N; n++) {
         float *row = logits + n * V, high = row[0];
         double sum = 0;
@@ -656,7 +657,7 @@ static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, 
     if (m->config.use_forget_gate) {
         forget_gate_forward(a->c, a->f, w->fgate_bias, B, T, H);
     }
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if ((int64_t)B * T >= FOX_PARALLEL)
     for (int bh = 0; bh < B * H; bh++) {
         int64_t at = (int64_t)(bh / H) * T * d + bh % H * D;
         AcpHead head = {T, D, a->q + at, a->k + at, d, a->c + (int64_t)bh * T};
@@ -672,7 +673,7 @@ static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, 
 
 static inline void fox_attention_backward(const FoxModel *m, const FoxLayerWeights *dw, FoxActs *da, const FoxActs *a) {
     int B = m->B, T = m->T, H = m->config.num_heads, d = m->config.hidden_size, D = d / H, blocks = acp_blocks(T, FOX_BLOCK);
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if ((int64_t)B * T >= FOX_PARALLEL)
     for (int bh = 0; bh < B * H; bh++) {
         int64_t at = (int64_t)(bh / H) * T * d + bh % H * D, t = (int64_t)bh * T;
         attention_head_backward(da->q + at, da->k + at, da->v + at, da->c + t, da->o + at, a->q + at, a->k + at, a->v + at, a->c + t,

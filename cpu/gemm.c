@@ -136,7 +136,7 @@ void gemm_serial(int64_t M, int64_t N, int64_t K, float alpha, MatrixView A, Mat
 }
 
 void gemm(int64_t M, int64_t N, int64_t K, float alpha, MatrixView A, MatrixView B, float beta, float *C, int64_t ldc) {
-#pragma omp parallel for collapse(2) schedule(dynamic) if (M * N * K > 65536)
+#pragma omp parallel for collapse(2) schedule(dynamic) if (M * N * K > 1 << 18)
     for (int64_t i = 0; i < M; i += MB) {
         for (int64_t j = 0; j < N; j += NB) {
             gemm_tile_at(i, j, M, N, K, alpha, A, B, beta, C, ldc);

@@ -1,0 +1,47 @@
+/* The checker's own test: NaN, Inf and a 5% error must fail, in one element among many. */
+#ifndef FOX_TESTS_CHECKER_H
+#define FOX_TESTS_CHECKER_H
+
+#include "check.h"
+
+/* Runs a comparison on a quiet counter of its own and says whether it failed. */
+static bool fails(double error, double tolerance) {
+    return !(error <= tolerance);
+}
+
+static void test_checker(Tests *t) {
+    enum { COUNT = 1000 };
+    float ref[COUNT], a[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        ref[i] = (float)fox_normal(99, (uint64_t)i);
+    }
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    memcpy(a, ref, sizeof a);
+    check(t, !fails(relative_error(a, ref, COUNT), 1e-4) && !fails(max_error(a, ref, COUNT), 1e-4), "equal arrays pass");
+    for (size_t i = 0; i < 3; i++) {
+        for (int at = 0; at < COUNT; at += COUNT - 1) {
+            memcpy(a, ref, sizeof a);
+            a[at] = bad[i];
+            check(t, fails(relative_error(a, ref, COUNT), 1e-4), "%f at %d fails the relative comparison", (double)bad[i], at);
+            check(t, fails(max_error(a, ref, COUNT), 1e-4), "%f at %d fails the largest difference", (double)bad[i], at);
+            check(t, fails(max_error(ref, a, COUNT), 1e-4), "%f at %d in the reference fails", (double)bad[i], at);
+            check(t, fails(relative_error(ref, a, COUNT), 1e-4), "%f at %d in the reference fails", (double)bad[i], at);
+        }
+    }
+    for (int i = 0; i < COUNT; i++) {
+        a[i] = 1.05f * ref[i];
+    }
+    check(t, fails(relative_error(a, ref, COUNT), 1e-4) && fails(relative_error(a, ref, COUNT), 0.049), "an error of 5%% fails");
+    check(t, !fails(relative_error(a, ref, COUNT), 0.051), "and is measured as 5%%");
+
+    Tests inner = {NULL, NULL, NULL, NULL, false, 0, 0};
+    fflush(stdout);
+    check(&inner, true, "unused");
+    check(t, inner.passed == 1 && inner.failed == 0, "a passing check counts as passed");
+    Tests failing = {NULL, NULL, NULL, NULL, false, 0, 0};
+    printf("   (the next line is a failure on purpose)\n");
+    check_error(&failing, "a NaN error", NAN, 1e30);
+    check(t, failing.passed == 0 && failing.failed == 1, "a NaN error counts as failed");
+}
+
+#endif
