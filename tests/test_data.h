@@ -461,15 +461,15 @@ static void data_test_good(Tests *t) {
         data_test_epochs(t, &fixture, contexts[i]);
         data_test_file_order(t, &fixture, contexts[i], 1 + 2 * i);
     }
-    static const int cases[][3] = {{8, 1, 1}, {8, 1, 2}, {8, 2, 4}, {8, 1, 8}, {24, 3, 4}, {7, 2, 4}, {3, 1, 4}, {300, 5, 2}};
+    static const int cases[][3] = {{8, 1, 1}, {8, 1, 2}, {8, 2, 4}, {8, 1, 8}, {24, 3, 4}, {7, 2, 4}, {3, 1, 4}, {300, 5, 2}, {10, 2, 2}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         data_test_ranks(t, &fixture, 16, cases[i][1], cases[i][0], cases[i][2], seed);
     }
     data_test_resume(t, &fixture, 16);
     data_test_resume(t, &fixture, 5);
     data_test_seeks(t, &fixture, 9);
-    static const int64_t limits[] = {0, 1, 5, 64, 1000000};
-    for (int i = 0; i < 5; i++) {
+    static const int64_t limits[] = {0, 1, 5, 64, 211, 212, 213, 1000000}; /* there are 212 windows of 16 */
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0]; i++) {
         for (int size = 1; size <= 4; size *= 2) {
             data_test_validation(t, &fixture, 16, limits[i], size);
         }
@@ -480,7 +480,7 @@ static void data_test_good(Tests *t) {
 /* Where -i may point, and the fingerprint. */
 static void data_test_places(Tests *t) {
     static const int64_t sizes[] = {100, 200, 300};
-    static const uint16_t val[50] = {1, 2, 3};
+    static const uint16_t val[95] = {1, 2, 3}; /* as many windows of 10 as the shard of 100 */
     DataFixture fixture;
     char path[600], glob[600], first[600];
     if (!data_fixture_create(t, &fixture, "data_places", 300, 3, sizes)) {
@@ -489,10 +489,10 @@ static void data_test_places(Tests *t) {
     snprintf(path, sizeof path, "%s/text_val_00.bin", fixture.dir);
     snprintf(glob, sizeof glob, "%s/*_0[12].bin", fixture.dir);
     data_fixture_path(&fixture, 0, first);
-    data_write_shard(path, 20240520, 1, 50, 300, val, 50, 0);
+    data_write_shard(path, 20240520, 1, 95, 300, val, 95, 0);
     struct { const char *where, *pattern; int shards; int64_t tokens; } cases[] = {
-        {fixture.dir, DATALOADER_TRAIN_PATTERN, 3, 600}, {fixture.dir, DATALOADER_VAL_PATTERN, 1, 50},
-        {glob, DATALOADER_TRAIN_PATTERN, 2, 500},        {path, DATALOADER_TRAIN_PATTERN, 1, 50},
+        {fixture.dir, DATALOADER_TRAIN_PATTERN, 3, 600}, {fixture.dir, DATALOADER_VAL_PATTERN, 1, 95},
+        {glob, DATALOADER_TRAIN_PATTERN, 2, 500},        {path, DATALOADER_TRAIN_PATTERN, 1, 95},
         {first, DATALOADER_VAL_PATTERN, 1, 100},
     };
     uint64_t hashes[8];

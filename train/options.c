@@ -32,7 +32,7 @@ static const Option table[] = {
     {NULL, 'j', "val-data", OPTION_STRING, FIELD(val_data), NO_RANGE, "",
      "validation shards; not given: *val*.bin of -i"},
     {NULL, 0, "vocab", OPTION_STRING, FIELD(vocab), NO_RANGE, "",
-     "vocabulary file; not given: bytes, if the data has 257 tokens"},
+     "vocabulary file; not given: bytes, if the data has 257"},
     {NULL, 'o', "out", OPTION_STRING, FIELD(out), NO_RANGE, "out", "folder for checkpoints and metrics.jsonl"},
     {NULL, 'e', "model", OPTION_STRING, FIELD(model), NO_RANGE, "fox-pro-125m", "a preset's name or a checkpoint folder"},
     {NULL, 'T', "context", OPTION_INT, FIELD(context), "0", "1048576", "0", "tokens in a sequence; 0: the preset's"},
