@@ -28,4 +28,5 @@ echo '== 3. Go on from the checkpoint for 40 steps'
 train -x 380 -s 380 -y
 
 echo
-echo "== Done in $(($(date +%s) - started)) s. demo/run/metrics.jsonl has every step; demo/run/step_00000380 loads in PyTorch."
+echo "== Done in $(($(date +%s) - started)) s. demo/run/metrics.jsonl has every step; the official PyTorch model loads"
+echo "   demo/run/step_00000380."

@@ -40,8 +40,8 @@ static void run_split(char *command, char *argv[RUN_MAX_ARGS]) {
     argv[count] = NULL;
 }
 
-/* Starts a command; stdout and stderr go to the files ROOT/stdout and ROOT/stderr. largest_file: limit for every file that
- * the child writes, 0 for none. Children work in ROOT. Returns its process number. */
+/* Starts a command; stdout and stderr go to the files ROOT/stdout and ROOT/stderr. largest_file: limit for every file
+ * that the child writes, 0 for none. Children work in ROOT. Returns its process number. */
 static pid_t run_start(const RunFixture *f, const char *command, int threads, int64_t largest_file) {
     char text[8192], out[600], err[600], count[16], *argv[RUN_MAX_ARGS];
     snprintf(text, sizeof text, "%s", command);
@@ -55,9 +55,8 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
         if (chdir(f->root) != 0) {
             _exit(127);
         }
-        int out_fd = open(out, O_WRONLY | O_CREAT | O_TRUNC, 0666), err_fd = open(err, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-        dup2(out_fd, STDOUT_FILENO);
-        dup2(err_fd, STDERR_FILENO);
+        dup2(open(out, O_WRONLY | O_CREAT | O_TRUNC, 0666), STDOUT_FILENO);
+        dup2(open(err, O_WRONLY | O_CREAT | O_TRUNC, 0666), STDERR_FILENO);
         setenv("OMP_NUM_THREADS", count, 1);
         setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1); // in a container the tests run as root
         setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
@@ -89,7 +88,7 @@ static int run_command(const RunFixture *f, const char *command) {
 
 /* ROOT/name as text; "" when it is not there. The caller frees it. */
 static char *run_output(const RunFixture *f, const char *name) {
-    char path[1100], *text = NULL;
+    char path[1300], *text = NULL;
     size_t length;
     snprintf(path, sizeof path, "%s/%s", f->root, name);
     return file_read(path, (size_t)1 << 30, &text, &length, NULL) ? text : (char *)calloc(1, 1);
@@ -145,7 +144,8 @@ static bool run_write_tokens(const char *path, int64_t count, int vocab, uint64_
     uint16_t *tokens = FOX_NEW(uint16_t, count);
     for (int64_t i = 0; i < count; i++) { // a token is mostly the last one plus one: something to learn
         bool jump = i == 0 || fox_uniform(key, (uint64_t)i) < 0.2;
-        tokens[i] = (uint16_t)(jump ? fox_random(key + 1, (uint64_t)i) % (uint64_t)vocab : (tokens[i - 1] + 1u) % (uint64_t)vocab);
+        tokens[i] = (uint16_t)(jump ? fox_random(key + 1, (uint64_t)i) % (uint64_t)vocab
+                                    : (tokens[i - 1] + 1u) % (uint64_t)vocab);
     }
     bool ok = data_write_shard(path, DATALOADER_MAGIC, DATALOADER_VERSION, (int32_t)count, vocab, tokens, count, 0);
     free(tokens);
@@ -180,8 +180,8 @@ static bool run_fixture_create(Tests *t, RunFixture *f) {
 
 /* The command of a run into ROOT/out: steps of four windows of 16 tokens. */
 static void run_train_command(const RunFixture *f, const char *out, const char *more, char command[4096]) {
-    snprintf(command, 4096, "%s -i data -o %s -e %s -T 16 -d 64 -l 1e-2 -v 7 --val-batches 3 --keep 0 %s", f->program, out,
-             f->model, more);
+    snprintf(command, 4096, "%s -i data -o %s -e %s -T 16 -d 64 -l 1e-2 -v 7 --val-batches 3 --keep 0 %s", f->program,
+             out, f->model, more);
 }
 
 /* ---- metrics.jsonl of a run */
@@ -220,17 +220,24 @@ static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
     free(text);
 }
 
-/* Every step once, with the same loss and gradient norm: exactly, or to `tolerance`. */
-static void run_compare_logs(Tests *t, const char *what, const RunLog *a, const RunLog *b, int steps, double tolerance) {
-    double worst = 0;
+/* Every step once, with the same loss to `tolerance` and gradient norm to a hundred times that (of values of
+ * 1 to 3: Adam divides by it, so its rounding errors grow fastest); 0: the same bits. */
+static void run_compare_logs(Tests *t, const char *what, const RunLog *a, const RunLog *b, int steps,
+                             double tolerance) {
+    double loss = 0, norm = 0;
     bool once = true;
     for (int s = 1; s <= steps; s++) {
         once = once && a->count[s] == 1 && b->count[s] == 1;
-        double difference = fmax(fabs(a->loss[s] - b->loss[s]), fabs(a->grad_norm[s] - b->grad_norm[s]));
-        worst = difference <= worst ? worst : difference;
+        double d = fabs(a->loss[s] - b->loss[s]), n = fabs(a->grad_norm[s] - b->grad_norm[s]);
+        loss = d <= loss ? loss : d;
+        norm = n <= norm ? norm : n;
     }
     check(t, once && a->last == steps && b->last == steps, "%s: steps 1 to %d, each once", what, steps);
-    check_error(t, what, worst, tolerance);
+    check(t, loss <= tolerance && norm <= 100 * tolerance,
+          "%s: loss differs by %.3g, allowed %.3g, gradient norm by %.3g", what, loss, tolerance, norm);
+    if (tolerance > 0) {
+        printf("runs: %s: losses differ by %.2g at most\n", what, loss);
+    }
 }
 
 static void run_remove(const RunFixture *f, const char *out) {
@@ -261,7 +268,8 @@ static void test_run_resume(Tests *t, const RunFixture *f, const char *batch) {
     snprintf(path, sizeof path, "%s/whole/step_00000020", f->root);
     check(t, remove_directory(path), "%s can be removed", path);
     snprintf(dir, sizeof dir, "%s/whole", f->root);
-    check(t, checkpoint_latest(dir, path, &err) && strstr(path, "step_00000010") != NULL, "the checkpoint of step 10 is there");
+    check(t, checkpoint_latest(dir, path, &err) && strstr(path, "step_00000010") != NULL,
+          "the checkpoint of step 10 is there");
     snprintf(more, sizeof more, "-x 20 -n 10 %s -y", batch);
     run_train_command(f, "whole", more, command);
     run_expect(t, f, "10 more steps", run_wait(run_start(f, command, 2, 0)), 0);
@@ -310,7 +318,8 @@ static void test_run_kill(Tests *t, const RunFixture *f) {
         }
         ok = run_expect(t, f, "a run that was killed before", code, 0);
         run_hash(f, found);
-        ok = check(t, strcmp(hash, found) == 0, "after %d kills the hash is %s, expected %s", killed, found, hash) && ok;
+        bool same = strcmp(hash, found) == 0;
+        ok = check(t, same, "after %d kills the hash is %s, expected %s", killed, found, hash) && ok;
         run_read_log(f, "killed", &log);
         run_compare_logs(t, "killed runs", &reference, &log, 20, 0);
         run_remove(f, "killed");
@@ -360,8 +369,8 @@ static int run_count(const char *text, const char *word) {
     return count;
 }
 
-/* After a run into ROOT/full, where only the checkpoint of step 5 fitted: it is there, whole, and the run goes on from it
- * when there is room again. */
+/* After a run into ROOT/full, where only the checkpoint of step 5 fitted: it is there, whole, and the run goes on from
+ * it when there is room again. */
 static void run_check_full(Tests *t, const RunFixture *f, int code, const char *what) {
     char path[1024], dir[600];
     FoxError err = {{0}};
@@ -371,8 +380,8 @@ static void run_check_full(Tests *t, const RunFixture *f, int code, const char *
     check(t, run_count(text, "train_fox: warning: no checkpoint at step 10: ") == 1, "%s: one warning: %s", what, text);
     free(text);
     snprintf(dir, sizeof dir, "%s/full", f->root);
-    check(t, checkpoint_latest(dir, path, &err) && strstr(path, "step_00000005") != NULL, "%s: step 5 is the newest, found %s %s",
-          what, path, err.text);
+    check(t, checkpoint_latest(dir, path, &err) && strstr(path, "step_00000005") != NULL,
+          "%s: step 5 is the newest, found %s %s", what, path, err.text);
 }
 
 static void test_run_full_disk(Tests *t, const RunFixture *f) {
@@ -389,7 +398,8 @@ static void test_run_full_disk(Tests *t, const RunFixture *f) {
     FoxError err = {{0}};
     make_directories(dir, &err);
     char options[64];
-    snprintf(options, sizeof options, "size=%lld", (long long)(model_bytes * 9 / 2)); // one checkpoint is three times a model
+    int64_t room = model_bytes * 9 / 2; // one checkpoint is three times a model
+    snprintf(options, sizeof options, "size=%lld", (long long)room);
     bool mounted = mount("tmpfs", dir, "tmpfs", 0, options) == 0;
     run_train_command(f, "full", "-x 15 -n 5 -b 2", command);
     if (mounted) {
@@ -397,7 +407,7 @@ static void test_run_full_disk(Tests *t, const RunFixture *f) {
         snprintf(options, sizeof options, "size=%lld", (long long)(model_bytes * 40));
         check(t, mount("tmpfs", dir, "tmpfs", MS_REMOUNT, options) == 0, "the small disk grows");
     } else {
-        printf("runs: no tmpfs can be mounted here (%s): the full disk is skipped, files that may not grow are tested\n",
+        printf("runs: the full disk is skipped: no tmpfs can be mounted here (%s); files that may not grow are tested\n",
                strerror(errno));
         run_train_command(f, "full", "-x 5 -n 5 -b 2", command);
         run_expect(t, f, "5 steps", run_command(f, command), 0);
@@ -419,7 +429,7 @@ static void test_run_full_disk(Tests *t, const RunFixture *f) {
 
 /* Writes ROOT/name: bytes, or a text of length strlen when length is 0. */
 static void run_put(const RunFixture *f, const char *name, const void *bytes, size_t length) {
-    char path[1100], *slash;
+    char path[1300], *slash;
     snprintf(path, sizeof path, "%s/%s", f->root, name);
     slash = strrchr(path, '/');
     *slash = '\0';
@@ -435,7 +445,7 @@ static void run_put(const RunFixture *f, const char *name, const void *bytes, si
 /* Copies FROM/name to TO/name with the first `old` replaced by `new_text` (NULL: no change). */
 static void run_copy(Tests *t, const RunFixture *f, const char *from, const char *to, const char *name, const char *old,
                      const char *new_text) {
-    char path[1100], *text, *at = NULL;
+    char path[1300], *text, *at = NULL;
     size_t length;
     FoxError err = {{0}};
     snprintf(path, sizeof path, "%s/%s", from, name);
@@ -465,16 +475,16 @@ static void run_copy(Tests *t, const RunFixture *f, const char *from, const char
 }
 
 /* A copy of the model in ROOT/to, with one text replaced in config.json or in the header of model.safetensors. */
-static void run_copy_model(Tests *t, const RunFixture *f, const char *to, const char *config_old, const char *config_new,
-                           const char *header_old, const char *header_new) {
+static void run_copy_model(Tests *t, const RunFixture *f, const char *to, const char *config_old,
+                           const char *config_new, const char *header_old, const char *header_new) {
     run_copy(t, f, f->model, to, "config.json", config_old, config_new);
     run_copy(t, f, f->model, to, "model.safetensors", header_old, header_new);
 }
 
 /* A shard of `count` tokens that are all `token`, with any header. */
-static void run_bad_shard(const RunFixture *f, const char *name, int magic, int version, int count, int vocab, int real_count,
-                          int token, int extra_bytes) {
-    char path[1100];
+static void run_bad_shard(const RunFixture *f, const char *name, int magic, int version, int count, int vocab,
+                          int real_count, int token, int extra_bytes) {
+    char path[1300];
     uint16_t tokens[256];
     for (int i = 0; i < 256; i++) {
         tokens[i] = (uint16_t)token;
@@ -503,7 +513,7 @@ static void run_bad_shards(const RunFixture *f) {
     run_bad_shard(f, "mixed/train_2", M, 1, 100, V - 1, 100, 1, 0);
     run_put(f, "bad/no_shards/readme", "nothing", 0);
     run_put(f, "bad/folder.bin/x", "nothing", 0);
-    char link_path[1100];
+    char link_path[1300];
     snprintf(link_path, sizeof link_path, "%s/bad/dangling.bin", f->root);
     if (symlink("nowhere", link_path) != 0) {
         run_put(f, "bad/dangling.bin", "no links here: a short file does as well", 0);
@@ -548,7 +558,8 @@ static void run_bad_models(Tests *t, const RunFixture *f) {
         {"bad/header_length", "\0\0\0\0\0\0\0\x80{}"}, {"bad/header_long", "\xff\xff\0\0\0\0\0\0{}"},
         {"bad/header_text", "\x08\0\0\0\0\0\0\0nonsense"}};
     for (size_t i = 0; i < 3; i++) {
-        char name[64], *bytes = (char *)calloc(1, 1 << 18); // as long as the weights, so that the header is what is wrong
+        char name[64];
+        char *bytes = (char *)calloc(1, 1 << 18); // as long as the weights, so that the header is what is wrong
         memcpy(bytes, weights[i][1], 10);
         memcpy(bytes + 8, i == 2 ? "nonsense" : "{}      ", 8);
         snprintf(name, sizeof name, "%s/model.safetensors", weights[i][0]);
@@ -556,7 +567,7 @@ static void run_bad_models(Tests *t, const RunFixture *f) {
         run_copy(t, f, f->model, weights[i][0], "config.json", NULL, NULL);
         free(bytes);
     }
-    char path[1100];
+    char path[1300];
     run_copy_model(t, f, "bad/truncated", NULL, NULL, NULL, NULL);
     snprintf(path, sizeof path, "%s/bad/truncated/model.safetensors", f->root);
     struct stat status;
@@ -576,7 +587,8 @@ static void run_bad_runs(Tests *t, const RunFixture *f) {
         {"bad/run_optimizer", "optimizer-00000-of-00001.safetensors", "exp_avg\"", "exp_axg\""},
         {"bad/run_hash", "state.json", "\"param_hash\": \"0x", "\"param_hash\": \"0x1"},
     };
-    static const char *const files[] = {"config.json", "model.safetensors", "optimizer-00000-of-00001.safetensors", "state.json"};
+    static const char *const files[] = {"config.json", "model.safetensors", "optimizer-00000-of-00001.safetensors",
+                                        "state.json"};
     char command[4096], from[600], to[600];
     run_train_command(f, "good_run", "-x 2 -n 0 -b 2", command);
     run_expect(t, f, "a run to be damaged", run_command(f, command), 0);
@@ -730,12 +742,37 @@ static void test_run_bad_input(Tests *t, const RunFixture *f) {
         bool report = strstr(text, "Sanitizer") != NULL || strstr(text, "runtime error") != NULL;
         bool one_line = run_count(text, "\n") == 1 && strncmp(text, "train_fox: error: ", 18) == 0;
         check(t, code == 1 && !report && one_line && strstr(text, run_bad_cases[i].expected) != NULL,
-              "bad input, %s (%s): expected code 1 and one line with '%s', found code %d: %s", what, run_bad_cases[i].arguments,
-              run_bad_cases[i].expected, code, text);
+              "bad input, %s (%s): expected code 1 and one line with '%s', found code %d: %s", what,
+              run_bad_cases[i].arguments, run_bad_cases[i].expected, code, text);
         free(text);
         run_remove(f, "bad/out");
     }
     printf("runs: %d kinds of bad input\n", count);
+}
+
+/* ---- numbers that are not finite */
+
+/* A model with a NaN in it: no step is applied, and the run stops after several, with nothing written over. */
+static void test_run_not_finite(Tests *t, const RunFixture *f) {
+    char command[4096], path[1300], dir[600];
+    const uint32_t nan_bits = 0x7fc00000;
+    run_copy_model(t, f, "bad/nan", NULL, NULL, NULL, NULL);
+    snprintf(path, sizeof path, "%s/bad/nan/model.safetensors", f->root);
+    FILE *file = fopen(path, "r+b"); // the last number of the last tensor, lm_head's
+    bool ok = file != NULL && fseek(file, -4, SEEK_END) == 0 && fwrite(&nan_bits, 4, 1, file) == 1;
+    check(t, file != NULL && fclose(file) == 0 && ok, "%s can be changed", path);
+    run_train_command(f, "nan", "-e bad/nan -x 20 -n 1 -b 2", command);
+    int code = run_command(f, command);
+    char *text = run_output(f, "stderr");
+    check(t, code == 1 && run_count(text, "train_fox: warning: step ") == 4 && run_count(text, "train_fox: error: ") == 1 &&
+                 strstr(text, "5 steps in a row") != NULL, "a NaN: 4 warnings and an error, found code %d: %s", code, text);
+    free(text);
+    text = run_output(f, "nan/metrics.jsonl");
+    check(t, run_count(text, "\"loss\": null") == 5 && run_count(text, "\"applied\": false") == 5,
+          "a NaN: 5 refused steps in metrics.jsonl, found %s", text);
+    free(text);
+    snprintf(dir, sizeof dir, "%s/nan/step_00000005", f->root);
+    check(t, access(dir, F_OK) != 0, "a NaN: no checkpoint of the last refused step");
 }
 
 /* ---- several ranks */
@@ -757,7 +794,7 @@ static int run_mpi(const RunFixture *f, int ranks, const char *train) {
 static void test_run_ranks(Tests *t, const RunFixture *f) {
     char command[4096], out[64], path[1024];
     RunLog one, more;
-    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1", command);
+    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 3e-3", command);
     if (!run_expect(t, f, "one rank", run_command(f, command), 0)) {
         return;
     }
@@ -766,14 +803,14 @@ static void test_run_ranks(Tests *t, const RunFixture *f) {
         char what[64];
         snprintf(out, sizeof out, "ranks_%d", ranks);
         snprintf(what, sizeof what, "%d ranks against 1", ranks);
-        run_train_command(f, out, "-x 20 -n 10 -b 1", command);
+        run_train_command(f, out, "-x 20 -n 10 -b 1 -l 3e-3", command);
         run_expect(t, f, what, run_mpi(f, ranks, command), 0);
         run_read_log(f, out, &more);
         run_compare_logs(t, what, &one, &more, 20, 1e-5);
     }
     snprintf(path, sizeof path, "%s/ranks_1/step_00000020", f->root);
     check(t, remove_directory(path), "%s can be removed", path);
-    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -y", command);
+    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 3e-3 -y", command);
     run_expect(t, f, "2 ranks after 1", run_mpi(f, 2, command), 0);
     run_read_log(f, "ranks_1", &more);
     check(t, more.starts == 2, "2 ranks after 1: two starts, found %d", more.starts);
@@ -782,7 +819,8 @@ static void test_run_ranks(Tests *t, const RunFixture *f) {
     run_train_command(f, "ranks_bad", "-i bad/none", command);
     int code = run_mpi(f, 2, command);
     char *text = run_output(f, "stderr");
-    check(t, code != 0 && run_count(text, "train_fox: error: rank 0: ") == 1 && run_count(text, "train_fox: error: ") == 1,
+    check(t,
+          code != 0 && run_count(text, "train_fox: error: rank 0: ") == 1 && run_count(text, "train_fox: error: ") == 1,
           "a mistake on 2 ranks: one error line, found code %d: %s", code, text);
     free(text);
 }
@@ -800,6 +838,7 @@ static void test_runs(Tests *t) {
     test_run_stop(t, &f, SIGINT);
     test_run_full_disk(t, &f);
     test_run_bad_input(t, &f);
+    test_run_not_finite(t, &f);
 #ifdef FOX_MPI
     if (!t->quick && run_has_mpirun()) { // MPI itself does not pass the leak checker
         test_run_ranks(t, &f);

@@ -52,7 +52,8 @@ static void test_sample_edges(Tests *t) {
     check(t, sample_token(logits, 5, &greedy, 0.99) == 1, "sample: greedy takes the first of the largest");
     check(t, sample_token(logits, 5, &one, 0.99) == 1, "sample: top 1 is greedy");
     check(t, sample_token(logits, 5, &all, 0.0) == 0, "sample: u = 0 takes the first token");
-    check(t, sample_token(logits, 5, &all, 1 - 0x1p-53) == 2, "sample: u just below 1 takes the last token with weight");
+    check(t, sample_token(logits, 5, &all, 1 - 0x1p-53) == 2,
+          "sample: u just below 1 takes the last token with weight");
     float hopeless[2] = {NAN, -INFINITY};
     int32_t token = sample_token(hopeless, 2, &all, 0.5);
     check(t, token == 0 || token == 1, "sample: all NaN gives a token of the vocabulary, found %d", token);
@@ -66,10 +67,11 @@ static void test_printable(Tests *t) {
     } cases[] = {
         {"plain\ttext\n", 11, "plain\ttext\n"},
         {"\xe4\xbd\xa0\xf0\x9f\x98\x80\xc3\xa9", 9, "\xe4\xbd\xa0\xf0\x9f\x98\x80\xc3\xa9"},
-        {"a\x1b[2Jb\0c", 8, "a\xef\xbf\xbd[2Jb\xef\xbf\xbd" "c"},
-        {"\xe4\xbd", 2, "\xef\xbf\xbd\xef\xbf\xbd"},                         // cut
-        {"\xc0\xaf\xed\xa0\x80", 5, "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"}, // overlong, surrogate
-        {"\xc2\x85z", 3, "\xef\xbf\xbdz"},                                   // a control character of two bytes
+        {"a\x1b[2Jb\0z", 8, "a\xef\xbf\xbd[2Jb\xef\xbf\xbdz"},
+        {"\xe4\xbd", 2, "\xef\xbf\xbd\xef\xbf\xbd"}, // cut
+        {"\xc0\xaf", 2, "\xef\xbf\xbd\xef\xbf\xbd"}, // overlong
+        {"\xed\xa0\x80", 3, "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"}, // surrogate
+        {"\xc2\x85z", 3, "\xef\xbf\xbdz"}, // a control character of two bytes
         {"", 0, ""},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -91,7 +93,8 @@ static int count_lines(Tests *t, const char *path, const char *kind, int64_t las
             continue;
         }
         const Json *step = json_get(document.root, "step"), *found = json_get(document.root, "kind");
-        check(t, step != NULL && step->is_integer && step->integer <= last, "metrics: a step up to %d in %s", (int)last, line);
+        check(t, step != NULL && step->is_integer && step->integer <= last, "metrics: a step up to %d in %s", (int)last,
+              line);
         count += found != NULL && found->type == JSON_STRING && strcmp(found->string, kind) == 0;
         json_free(&document);
     }

@@ -43,7 +43,8 @@ static bool cut_after(const char *path, int64_t last, FoxError *err) {
     ok = ok && !ferror(in);
     free(line);
     fclose(in);
-    ok = out != NULL && file_finish(out, temporary, err) && (ok || fox_fail(err, "%s: reading or copying it failed", path));
+    ok = out != NULL && file_finish(out, temporary, err) &&
+         (ok || fox_fail(err, "%s: reading or copying it failed", path));
     if (ok && rename(temporary, path) != 0) {
         ok = fox_fail(err, "%s: cannot be renamed to metrics.jsonl: %s", temporary, strerror(errno));
     }

@@ -60,10 +60,11 @@ bool ranks_init(Ranks *ranks, int *argc, char ***argv, FoxError *err) {
     const char *variable = "";
     int expected = launched_size(&variable);
     if (ranks->size == 1 && expected > 1) {
-        return fox_fail(err,
-                        "%s says that %d processes were started, but MPI sees one; start them with the mpirun of the MPI "
-                        "this program was built with (srun: --mpi=pmix)",
-                        variable, expected);
+        return fox_fail(
+            err,
+            "%s says that %d processes were started, but MPI sees one; start them with the mpirun of the MPI "
+            "this program was built with (srun: --mpi=pmix)",
+            variable, expected);
     }
     return true;
 }
@@ -179,10 +180,11 @@ bool ranks_init(Ranks *ranks, int *argc, char ***argv, FoxError *err) {
     const char *variable = "";
     int expected = launched_size(&variable);
     if (expected > 1) {
-        return fox_fail(err,
-                        "%d processes were started (%s), but this program is built without MPI: each would train alone; "
-                        "install Open MPI and run make again, or start one process",
-                        expected, variable);
+        return fox_fail(
+            err,
+            "%d processes were started (%s), but this program is built without MPI: each would train alone; "
+            "install Open MPI and run make again, or start one process",
+            expected, variable);
     }
     return true;
 }

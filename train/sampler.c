@@ -51,8 +51,8 @@ int32_t sample_token(const float *logits, int V, const SampleSettings *settings,
     return token;
 }
 
-int sample_generate(Backend *backend, const SampleSettings *settings, const int32_t *prompt, int prompt_count, int32_t stop,
-                    int max_tokens, int32_t *out) {
+int sample_generate(Backend *backend, const SampleSettings *settings, const int32_t *prompt, int prompt_count,
+                    int32_t stop, int max_tokens, int32_t *out) {
     int V = backend->spec.config.vocab_size, made = 0;
     float *logits = FOX_NEW(float, V);
     backend->decode_begin(backend, prompt_count + max_tokens);
@@ -85,8 +85,8 @@ char *sample_text(Backend *backend, const Tokenizer *tokenizer, const SampleSett
         tokens[i] = list.tokens[i];
     }
     free(list.tokens);
-    int count = prompt_count + sample_generate(backend, settings, tokens, prompt_count, tokenizer->end_of_text, max_tokens,
-                                               tokens + prompt_count);
+    int count = prompt_count + sample_generate(backend, settings, tokens, prompt_count, tokenizer->end_of_text,
+                                               max_tokens, tokens + prompt_count);
     size_t total = 0, length;
     for (int i = 1; i < count; i++) {
         tokenizer_token_bytes(tokenizer, tokens[i], &length);

@@ -23,8 +23,8 @@ int32_t sample_token(const float *logits, int V, const SampleSettings *, double 
 int sample_generate(Backend *, const SampleSettings *, const int32_t *prompt, int prompt_count, int32_t stop,
                     int max_tokens, int32_t *out);
 
-/* The prompt and what the model makes of it, as printable UTF-8. The prompt follows an end-of-text token, as documents do;
- * the tokenizer's vocabulary must not be larger than the model's. The caller frees the result. This rank alone. */
+/* The prompt and what the model makes of it, as printable UTF-8. The prompt follows an end-of-text token, as documents
+ * do; the tokenizer's vocabulary must not be larger than the model's. The caller frees the result. This rank alone. */
 char *sample_text(Backend *, const Tokenizer *, const SampleSettings *, const char *prompt, int max_tokens);
 
 /* Valid, printable UTF-8 from any bytes: broken sequences and control characters other than tab and newline become

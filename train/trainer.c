@@ -150,8 +150,9 @@ static bool open_tokenizer(Trainer *t, FoxError *err) {
         return true;
     }
     if (o->vocab[0] == '\0' && V != BYTE_VOCABULARY) {
-        return fox_fail(err, "-s: the data has a vocabulary of %d tokens, not the %d of bytes; --vocab FILE says what they are",
-                        V, BYTE_VOCABULARY);
+        return fox_fail(
+            err, "-s: the data has a vocabulary of %d tokens, not the %d of bytes; --vocab FILE says what they are", V,
+            BYTE_VOCABULARY);
     }
     if (!tokenizer_open(o->vocab[0] ? o->vocab : NULL, &t->tokenizer, err)) {
         return false;
@@ -174,8 +175,10 @@ bool trainer_open_data(Trainer *t, FoxError *err) {
     uint64_t hash = fox_hash(dataloader_hash(&t->train), t->settings, strlen(t->settings));
     hash = t->val.shards != NULL ? fox_hash(hash, &t->val.tokens, sizeof t->val.tokens) : hash;
     if (!ranks_agree(&t->ranks, hash)) {
-        return everyone(t, fox_fail(err, "the ranks see different options or shards; start all with the same command line "
-                                    "and the same data"), err);
+        return everyone(t,
+                        fox_fail(err, "the ranks see different options or shards; start all with the same command line "
+                                      "and the same data"),
+                        err);
     }
     return true;
 }
@@ -214,7 +217,8 @@ static bool check_weights(const char *dir, const FoxConfig *config, FoxError *er
     int64_t parameters = table.parameters;
     fox_table_free(&table);
     return bytes / 2 >= parameters ||
-           fox_fail(err, "%s: config.json describes %lld parameters, but the weights are %lld bytes; expected at least %lld",
+           fox_fail(err,
+                    "%s: config.json describes %lld parameters, but the weights are %lld bytes; expected at least %lld",
                     dir, (long long)parameters, (long long)bytes, (long long)(2 * parameters));
 }
 
@@ -228,7 +232,8 @@ static bool read_model(Trainer *t, FoxError *err) {
     if (preset != NULL) {
         FoxConfig config = fox_preset_config(preset, t->train.vocab_size);
         if (dir != NULL && !same_config(&config, &t->config)) {
-            return fox_fail(err, "%s is not a %s with a vocabulary of %d; resume a run with the -e and data it began with",
+            return fox_fail(err,
+                            "%s is not a %s with a vocabulary of %d; resume a run with the -e and data it began with",
                             dir, o->model, t->train.vocab_size);
         }
         t->config = config;
@@ -237,7 +242,8 @@ static bool read_model(Trainer *t, FoxError *err) {
         return false;
     }
     if (t->train.vocab_size > t->config.vocab_size) {
-        return fox_fail(err, "%s: the data has a vocabulary of %d tokens, the model of %d; the data's must not be larger",
+        return fox_fail(err,
+                        "%s: the data has a vocabulary of %d tokens, the model of %d; the data's must not be larger",
                         dir, t->train.vocab_size, t->config.vocab_size);
     }
     return true;
@@ -262,14 +268,18 @@ static bool check_resumed(const Trainer *t, FoxError *err) {
                         (unsigned long long)s->seed, (long long)o->seed);
     }
     if (s->data_hash != dataloader_hash(&t->train) || s->windows != t->train.windows) {
-        return fox_fail(err, "%s: the run used other shards or another -T (%lld windows, found %lld); resume with the same, or "
-                        "begin a new run from its weights: -e %s and another -o", dir, (long long)s->windows,
-                        (long long)t->train.windows, dir);
+        return fox_fail(
+            err,
+            "%s: the run used other shards or another -T (%lld windows, found %lld); resume with the same, or "
+            "begin a new run from its weights: -e %s and another -o",
+            dir, (long long)s->windows, (long long)t->train.windows, dir);
     }
     if (s->step < 0 || s->tokens != s->step * o->batch_tokens || s->next_window != s->step * windows_per_step) {
-        return fox_fail(err, "%s: %lld tokens after %lld steps do not fit steps of -d %lld; resume with the same -d, or begin "
-                        "a new run from its weights: -e %s and another -o", dir, (long long)s->tokens, (long long)s->step,
-                        (long long)o->batch_tokens, dir);
+        return fox_fail(
+            err,
+            "%s: %lld tokens after %lld steps do not fit steps of -d %lld; resume with the same -d, or begin "
+            "a new run from its weights: -e %s and another -o",
+            dir, (long long)s->tokens, (long long)s->step, (long long)o->batch_tokens, dir);
     }
     return true;
 }
@@ -278,8 +288,9 @@ static bool check_resumed(const Trainer *t, FoxError *err) {
 static bool fill_backend(Trainer *t, FoxError *err) {
     Backend *b = &t->backend;
     if (t->resume_dir[0]) {
-        return checkpoint_load_model(t->resume_dir, b, err) && checkpoint_load_state(t->resume_dir, b, &t->state, err) &&
-               check_resumed(t, err) && dataloader_seek(&t->train, t->state.next_window, err);
+        return checkpoint_load_model(t->resume_dir, b, err) &&
+               checkpoint_load_state(t->resume_dir, b, &t->state, err) && check_resumed(t, err) &&
+               dataloader_seek(&t->train, t->state.next_window, err);
     }
     t->state.seed = (uint64_t)t->options.seed;
     t->state.windows = t->train.windows;
@@ -347,8 +358,8 @@ static void record_run(Trainer *t) {
 static void print_plan(Trainer *t) {
     const Options *o = &t->options;
     Metrics *m = &t->metrics;
-    metrics_say(m, "model     %s: %.1fM parameters, vocabulary %d", o->model, 1e-6 * (double)t->backend.table.parameters,
-                t->config.vocab_size);
+    metrics_say(m, "model     %s: %.1fM parameters, vocabulary %d", o->model,
+                1e-6 * (double)t->backend.table.parameters, t->config.vocab_size);
     metrics_say(m, "data      %lld windows of %lld tokens in %d shard%s; validation: %lld windows",
                 (long long)t->train.windows, (long long)o->context, t->train.shard_count,
                 t->train.shard_count == 1 ? "" : "s", (long long)t->val.windows);
@@ -470,9 +481,13 @@ bool trainer_update(Trainer *t, bool ok, FoxError *err) {
         return true;
     }
     t->diverged = true;
-    return everyone(t, fox_fail(err, "loss or gradient norm was not finite in %d steps in a row, up to step %lld; no checkpoint "
-                                "is written; lower the learning rate (-l) and resume from an earlier one with -y",
-                                t->state.skipped_in_a_row, (long long)t->state.step), err);
+    return everyone(
+        t,
+        fox_fail(err,
+                 "loss or gradient norm was not finite in %d steps in a row, up to step %lld; no checkpoint "
+                 "is written; lower the learning rate (-l) and resume from an earlier one with -y",
+                 t->state.skipped_in_a_row, (long long)t->state.step),
+        err);
 }
 
 /* ---- what is due now and then */
@@ -575,7 +590,8 @@ bool trainer_finish(Trainer *t, bool ok, FoxError *err) {
     uint64_t hash = checkpoint_param_hash(&t->backend);
     bool same = ranks_agree(&t->ranks, hash);
     if (ok && saved && !same) {
-        return everyone(t, fox_fail(err, "the ranks' parameters differ after step %lld", (long long)t->state.step), err);
+        return everyone(t, fox_fail(err, "the ranks' parameters differ after step %lld", (long long)t->state.step),
+                        err);
     }
     if (ok && saved) {
         metrics_say(&t->metrics, "%s at step %lld of %lld, %lld tokens; parameter hash %016llx",

@@ -83,8 +83,8 @@ bool trainer_save(Trainer *, FoxError *);
 /* A checkpoint in the middle of the run: failing is reported, and training goes on until the next one is due. */
 void trainer_try_save(Trainer *);
 
-/* The end of a run that had begun, `ok` or not: the last checkpoint, unless it is there already or the run diverged, and
- * the hash of the parameters. True when all is well: `ok`, and the checkpoint was written. */
+/* The end of a run that had begun, `ok` or not: the last checkpoint, unless it is there already or the run diverged,
+ * and the hash of the parameters. True when all is well: `ok`, and the checkpoint was written. */
 bool trainer_finish(Trainer *, bool ok, FoxError *);
 
 /* Prints the error, if any is this rank's to print, frees everything, leaves MPI. Returns the exit code. */
