@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* ---- helpers ----------------------------------------------------------------------------------------------------- */
+/* ---- helpers ---------------------------------------------------------------------------------------------------- */
 
 /* A fresh random word per call; the key changes from run to run and is printed, so that a failure can be repeated. */
 typedef struct FilesRandom {
@@ -77,7 +77,7 @@ static void files_replace(const char *path, const char *from, const char *to) {
     free(text);
 }
 
-/* ---- files ------------------------------------------------------------------------------------------------------- */
+/* ---- files ------------------------------------------------------------------------------------------------------ */
 
 static void test_files_basics(Tests *t) {
     char dir[512], path[512], link[512];
@@ -137,7 +137,7 @@ static void test_files_basics(Tests *t) {
     }
 }
 
-/* ---- JSON -------------------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------------------------- */
 
 static const char *const json_good[] = {
     "0",
@@ -341,7 +341,7 @@ static void test_files_json(Tests *t, FilesRandom *r) {
     test_files_json_round_trip(t, r);
 }
 
-/* ---- safetensors ------------------------------------------------------------------------------------------------- */
+/* ---- safetensors ------------------------------------------------------------------------------------------------ */
 
 static void files_write_safetensors(const char *path, const char *header, const void *data, size_t size) {
     FILE *out = fopen(path, "wb");
@@ -630,7 +630,7 @@ static void test_files_safetensors(Tests *t, FilesRandom *r) {
     test_files_safetensors_mutations(t, r);
 }
 
-/* ---- configuration and table ------------------------------------------------------------------------------------ */
+/* ---- configuration and table ----------------------------------------------------------------------------------- */
 
 /* Facts of the presets, counted by hand and independent of the table: inner widths, and the sum over matrices. */
 static void test_files_presets(Tests *t) {
@@ -747,6 +747,7 @@ static void test_files_init(Tests *t, FilesRandom *r) {
     fox_init_parameters(&table, seed + 1, b);
     fox_init_parameters(&small, seed, s);
     int64_t used = 0;
+    double all = 0, all_squares = 0;
     for (int i = 0; i < table.count; i++) {
         const FoxTensor *p = &table.tensors[i];
         const float *w = a + p->offset;
@@ -759,6 +760,8 @@ static void test_files_init(Tests *t, FilesRandom *r) {
         double n = (double)p->size, mean = sum / n, deviation = sqrt(squares / n - mean * mean);
         bool bias = strstr(p->name, ".bias") != NULL;
         if (p->ndim == 2) {
+            all += n;
+            all_squares += squares;
             /* five standard errors of a mean and of a deviation */
             check(t, fabs(mean) < 5 * 0.02 / sqrt(n) && fabs(deviation - 0.02) < 5 * 0.02 / sqrt(2 * n) && same < 10,
                   "%s: mean %g, deviation %g, %g equal under another seed", p->name, mean, deviation, same);
@@ -774,6 +777,8 @@ static void test_files_init(Tests *t, FilesRandom *r) {
             check(t, a[j] == 0, "padding after %s is %g", p->name, (double)a[j]);
         }
     }
+    double deviation = sqrt(all_squares / all);
+    check(t, fabs(deviation - 0.02) < 5 * 0.02 / sqrt(2 * all), "deviation %g over %g weights", deviation, all);
     check(t, used == table.total, "tensors and padding fill the flat space");
     const FoxTensor *q = &table.tensors[table.layers[0].q], *k = &table.tensors[table.layers[0].k];
     check(t, memcmp(a + q->offset, a + k->offset, 64) != 0, "q and k begin alike");
@@ -935,7 +940,7 @@ static void test_files_fixtures(Tests *t) {
     }
 }
 
-/* ---- checkpoints ------------------------------------------------------------------------------------------------- */
+/* ---- checkpoints ------------------------------------------------------------------------------------------------ */
 
 /* A back end that only stores: the four buffers in main memory. */
 static void files_fake_read(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *host) {
@@ -1353,6 +1358,11 @@ static void test_files_checkpoint_directory(Tests *t, FilesRandom *r) {
     check(t, rename(other, from) == 0, "rename");
     files_save(dir, &a, r, 40); /* over it */
     files_check_latest(t, dir, "step_00000045", 1);
+    snprintf(other, sizeof other, "%s/old_step_00000045", dir);
+    check(t, make_directories(other, NULL), "make_directories");
+    checkpoint_prune(dir, 0);
+    check(t, !files_is_there(dir, "old_step_00000045") && files_is_there(dir, "step_00000045"),
+          "prune of a replaced one");
     files_fake_close(&a);
 }
 
@@ -1408,7 +1418,7 @@ static void test_files_checkpoint_kill(Tests *t, FilesRandom *r) {
     files_fake_fill(&a, r);
     files_save(dir, &a, r, 1);
     int64_t last = 1;
-    for (int round = 0; round < (t->quick ? 10 : 60); round++) {
+    for (int round = 0; round < (t->quick ? 20 : 200); round++) {
         int report[2];
         if (pipe(report) != 0) {
             fox_die("pipe: %s", strerror(errno));
