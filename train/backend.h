@@ -14,7 +14,7 @@
 #include "config.h"
 #include "ranks.h"
 
-/* How attention is pruned (DESIGN in docs/ACP.md). All three lose at most exp(log_tolerance) of any row's mass. */
+/* How attention is pruned (cpu/acp.h has the tests and their bounds). All three lose at most exp(log_tolerance) of any row's mass. */
 typedef enum AcpMode { ACP_OFF, ACP_PAPER, ACP_TIGHT } AcpMode;
 
 typedef struct BackendSpec {
