@@ -10,12 +10,12 @@
  *     |  0  |  1  |  2  |rest|       |  3  |  4  |rest|
  *
  * One global order. g = 0, 1, 2, ... counts windows over the whole run; its epoch is g / N, and a keyed permutation of
- * [0, N) turns g % N into the window of that moment. A step of W windows takes g = s*W .. s*W + W-1, and rank r of n the
- * contiguous share [r*W/n, (r+1)*W/n) of them, B at a time. What a step sees therefore depends on the seed and the step
- * alone, not on the number of ranks, and the whole state of the loader is one number, the next g.
+ * [0, N) turns g % N into the window of that moment. A step of W windows takes g = s*W .. s*W + W-1, and rank r of n
+ * the contiguous share [r*W/n, (r+1)*W/n) of them, B at a time. What a step sees therefore depends on the seed and the
+ * step alone, not on the number of ranks, and the whole state of the loader is one number, the next g.
  *
  * Batches are read ahead by one thread, with pread and not mmap: a file that shrinks while we run must be an error
- * message and not a SIGBUS. Files are opened for each window: any number of shards, no limit on open files to run into. */
+ * message and not a SIGBUS. Files are opened for each window, so that any number of shards will do. */
 #ifndef FOX_DATALOADER_H
 #define FOX_DATALOADER_H
 
@@ -88,7 +88,8 @@ typedef struct DataLoader {
     bool running; /* the thread exists */
     pthread_t thread;
     pthread_mutex_t mutex;        /* guards what follows */
-    pthread_cond_t room, arrived; /* for the thread: a slot is free, or seek or close; for the caller: a batch or an error */
+    pthread_cond_t room;          /* for the thread: a slot is free, or seek, or close */
+    pthread_cond_t arrived;       /* for the caller: a batch or an error */
     DataCursor reading;           /* the next micro-batch to read */
     uint64_t generation;          /* number of seeks: a batch begun before a seek is thrown away */
     int head, ready;              /* slots [head, head + ready) mod DATALOADER_SLOTS are full */
@@ -135,8 +136,8 @@ static inline void dataloader_window(const DataLoader *loader, int64_t g, int *s
     *start = (window - loader->shards[low].first_window) * loader->spec.T;
 }
 
-/* Fingerprint of what positions are counted in: shard sizes in their order, T and the vocabulary. A resumed run compares
- * it; names and folders may change. */
+/* Fingerprint of what positions are counted in: shard sizes in their order, T and the vocabulary. A resumed run
+ * compares it; names and folders may change. */
 static inline uint64_t dataloader_hash(const DataLoader *loader) {
     int64_t head[4] = {loader->spec.T, loader->vocab_size, loader->shard_count, loader->windows};
     uint64_t hash = fox_hash(0, head, sizeof head);
@@ -168,7 +169,8 @@ static inline int dataloader_open_file(const char *path, int64_t *bytes, FoxErro
 }
 
 /* Reads exactly `count` bytes at `offset`. */
-static inline bool dataloader_pread(int fd, const char *path, int64_t offset, int64_t count, uint8_t *out, FoxError *err) {
+static inline bool dataloader_pread(int fd, const char *path, int64_t offset, int64_t count, uint8_t *out,
+                                    FoxError *err) {
     int64_t done = 0;
     while (done < count) {
         ssize_t got = pread(fd, out + done, (size_t)(count - done), (off_t)(offset + done));
@@ -176,7 +178,8 @@ static inline bool dataloader_pread(int fd, const char *path, int64_t offset, in
             continue;
         }
         if (got < 0) {
-            return fox_fail(err, "%s: reading at byte %lld failed: %s", path, (long long)(offset + done), strerror(errno));
+            return fox_fail(err, "%s: reading at byte %lld failed: %s", path, (long long)(offset + done),
+                            strerror(errno));
         }
         if (got == 0) {
             return fox_fail(err, "%s: the file ends at byte %lld, expected data up to byte %lld", path,
@@ -198,7 +201,8 @@ static inline bool dataloader_check_header(const char *path, const uint8_t *head
     int32_t magic = dataloader_int32(header, 0), version = dataloader_int32(header, 1);
     int32_t count = dataloader_int32(header, 2), vocab = dataloader_int32(header, 3);
     if (magic != DATALOADER_MAGIC) {
-        return fox_fail(err, "%s: not a token shard: expected the magic number %d, found %d", path, DATALOADER_MAGIC, magic);
+        return fox_fail(err, "%s: not a token shard: expected the magic number %d, found %d", path, DATALOADER_MAGIC,
+                        magic);
     }
     if (version != DATALOADER_VERSION) {
         return fox_fail(err, "%s: expected shard version %d, found %d", path, DATALOADER_VERSION, version);
@@ -270,7 +274,7 @@ static inline bool dataloader_read_headers(DataLoader *loader, FoxError *err) {
     return true;
 }
 
-/* --------------------------------------------------------------------------------------------- batches, in the thread */
+/* ----------------------------------------------------------------------------------------- batches, in the thread */
 
 /* Reads window g of the global order into one row of tokens and targets, [T] each. */
 static inline bool dataloader_read_window(const DataLoader *loader, int64_t g, int32_t *tokens, int32_t *targets,
@@ -289,13 +293,14 @@ static inline bool dataloader_read_window(const DataLoader *loader, int64_t g, i
         ok = fox_fail(err, "%s: the file changed while we run: expected %lld bytes, found %lld", shard->path,
                       (long long)expected, (long long)bytes);
     }
-    ok = ok && dataloader_pread(fd, shard->path, DATALOADER_HEADER_BYTES + 2 * start, 2 * ((int64_t)T + 1), loader->raw, err);
+    ok = ok &&
+         dataloader_pread(fd, shard->path, DATALOADER_HEADER_BYTES + 2 * start, 2 * ((int64_t)T + 1), loader->raw, err);
     close(fd);
     for (int t = 0; ok && t <= T; t++) {
         int32_t token = loader->raw[2 * (int64_t)t] | loader->raw[2 * (int64_t)t + 1] << 8;
         if (token >= loader->vocab_size) {
-            ok = fox_fail(err, "%s: token %d at position %lld, expected tokens below the vocabulary size %d", shard->path,
-                          token, (long long)(start + t), loader->vocab_size);
+            ok = fox_fail(err, "%s: token %d at position %lld, expected tokens below the vocabulary size %d",
+                          shard->path, token, (long long)(start + t), loader->vocab_size);
             break;
         }
         if (t < T) {
@@ -391,7 +396,7 @@ static inline bool dataloader_start(DataLoader *loader, FoxError *err) {
     return true;
 }
 
-/* ----------------------------------------------------------------------------------------------------- for the caller */
+/* ------------------------------------------------------------------------------------------------- for the caller */
 
 /* Stops the thread and frees everything. Safe at any moment, on a loader whose open failed, and twice. */
 static inline void dataloader_close(DataLoader *loader) {
@@ -476,10 +481,10 @@ static inline bool dataloader_seek(DataLoader *loader, int64_t next_window, FoxE
     return true;
 }
 
-/* Gives this rank's next micro-batch: tokens and targets, [B, T] each. Every rank has batches_per_step of them in a step;
- * where W is not a multiple of B * ranks, some hold fewer than B windows: loader->batch_windows counts the real rows, and
- * the rows after them are zero. An error of the thread is reported here, after the batches that came before it, and again
- * at every further call until a seek. */
+/* Gives this rank's next micro-batch: tokens and targets, [B, T] each. Every rank has batches_per_step of them in a
+ * step; where W is not a multiple of B * ranks, some hold fewer than B windows: loader->batch_windows counts the real
+ * rows, and the rows after them are zero. An error of the thread is reported here, after the batches that came before
+ * it, and again at every further call until a seek. */
 static inline bool dataloader_next(DataLoader *loader, int32_t *tokens, int32_t *targets, FoxError *err) {
     if (!loader->running) {
         return fox_fail(err, "data loader: next before open");

@@ -51,7 +51,8 @@ static void take_batches(DataLoader *loader, int count, int fd, bool shrink) {
             break;
         }
         for (int64_t k = 0; k < cells; k++) {
-            require(tokens[k] >= 0 && tokens[k] < loader->vocab_size && targets[k] >= 0 && targets[k] < loader->vocab_size,
+            require(tokens[k] >= 0 && tokens[k] < loader->vocab_size && targets[k] >= 0 &&
+                        targets[k] < loader->vocab_size,
                     "a token is out of range");
         }
         if (shrink && i == count / 2) {
@@ -67,7 +68,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         return 0;
     }
     int flags = data[5];
-    DataSpec spec = {1 + data[0], 1 + data[1] % 8, data[2], (flags & SHUFFLE) != 0, data[2], data[6], 0, 1 + data[4] % 4};
+    DataSpec spec = {1 + data[0], 1 + data[1] % 8, data[2], (flags & SHUFFLE) != 0,
+                     data[2],     data[6],         0,       1 + data[4] % 4};
     spec.rank = data[3] % spec.size;
     char path[64];
     int fd = write_shard(data + SETTINGS, size - SETTINGS, flags);

@@ -1,4 +1,4 @@
-/* Tests of dataloader.h: the global order, batches against the shards in memory, resume, ranks, bad files, the thread. */
+/* Tests of dataloader.h: the global order, batches against the shards in memory, resume, ranks, bad files. */
 #ifndef FOX_TEST_DATA_H
 #define FOX_TEST_DATA_H
 
@@ -47,7 +47,8 @@ static void data_fixture_path(const DataFixture *fixture, int shard, char path[6
 }
 
 /* Writes `count` shards of those sizes, of random tokens below vocab, to t->scratch/name. */
-static bool data_fixture_create(Tests *t, DataFixture *fixture, const char *name, int vocab, int count, const int64_t *sizes) {
+static bool data_fixture_create(Tests *t, DataFixture *fixture, const char *name, int vocab, int count,
+                                const int64_t *sizes) {
     FoxError err = {{0}};
     uint64_t key = data_fresh();
     memset(fixture, 0, sizeof *fixture);
@@ -97,7 +98,7 @@ static bool data_row_equals(const DataFixture *fixture, int shard, int64_t start
     return true;
 }
 
-/* --------------------------------------------------------------------------------------------------- the permutation */
+/* ------------------------------------------------------------------------------------------------ the permutation */
 
 /* The permutation of [0, n) as a table; NULL when it is none. */
 static int32_t *data_permutation(uint64_t key, int32_t n) {
@@ -141,7 +142,8 @@ static void data_test_known_order(Tests *t) {
     static const int expected[10] = {7, 6, 8, 5, 9, 3, 0, 1, 2, 4};
     for (int i = 0; i < 10; i++) {
         int64_t x = dataloader_shuffle(2024, 10, i);
-        check(t, x == expected[i], "shuffle: key 2024, n = 10: %d goes to %lld, expected %d", i, (long long)x, expected[i]);
+        check(t, x == expected[i], "shuffle: key 2024, n = 10: %d goes to %lld, expected %d", i, (long long)x,
+              expected[i]);
     }
 }
 
@@ -204,7 +206,7 @@ static void data_test_shuffle_large(Tests *t) {
     free(image);
 }
 
-/* ----------------------------------------------------------------------------------------------------- order, batches */
+/* ------------------------------------------------------------------------------------------------- order, batches */
 
 /* Every window exactly once an epoch, at the start of a window of its shard; epochs and seeds differ. */
 static void data_test_epochs(Tests *t, const DataFixture *fixture, int T) {
@@ -224,9 +226,11 @@ static void data_test_epochs(Tests *t, const DataFixture *fixture, int T) {
         N += (fixture->sizes[i] - 1) / T;
         tokens += fixture->sizes[i];
     }
-    check(t, loader.windows == N && loader.tokens == tokens && loader.vocab_size == fixture->vocab &&
-          loader.shard_count == fixture->count, "data: T = %d: %lld windows of %lld tokens in %d shards, expected %lld", T,
-          (long long)loader.windows, (long long)loader.tokens, loader.shard_count, (long long)N);
+    check(t,
+          loader.windows == N && loader.tokens == tokens && loader.vocab_size == fixture->vocab &&
+              loader.shard_count == fixture->count,
+          "data: T = %d: %lld windows of %lld tokens in %d shards, expected %lld", T, (long long)loader.windows,
+          (long long)loader.tokens, loader.shard_count, (long long)N);
     uint8_t *seen = FOX_NEW(uint8_t, N);
     int64_t same_epoch = 0, same_seed = 0;
     for (int epoch = 0; epoch < 3; epoch++) {
@@ -249,7 +253,8 @@ static void data_test_epochs(Tests *t, const DataFixture *fixture, int T) {
               (long long)wrong, (long long)N);
     }
     if (N >= 100) {
-        check(t, same_epoch < 3 * N / 2 && same_seed < 3 * N / 2, "data: T = %d: epochs or seeds show the same order", T);
+        check(t, same_epoch < 3 * N / 2 && same_seed < 3 * N / 2, "data: T = %d: epochs or seeds show the same order",
+              T);
     }
     free(seen);
     dataloader_close(&loader);
@@ -261,7 +266,8 @@ static void data_test_file_order(Tests *t, const DataFixture *fixture, int T, in
     DataLoader loader;
     FoxError err = {{0}};
     DataSpec spec = data_spec(T, B, 0, false, B, 0, 1);
-    if (!check(t, dataloader_open(&loader, fixture->dir, DATALOADER_TRAIN_PATTERN, &spec, &err), "data: %s", err.text)) {
+    if (!check(t, dataloader_open(&loader, fixture->dir, DATALOADER_TRAIN_PATTERN, &spec, &err), "data: %s",
+               err.text)) {
         return;
     }
     int32_t *tokens = FOX_NEW(int32_t, B * T), *targets = FOX_NEW(int32_t, B * T);
@@ -282,7 +288,8 @@ static void data_test_file_order(Tests *t, const DataFixture *fixture, int T, in
             shard = (shard + 1) % fixture->count;
         }
     }
-    check(t, wrong == 0, "data: T = %d, B = %d: %d of %lld windows in file order are wrong", T, B, wrong, (long long)total);
+    check(t, wrong == 0, "data: T = %d, B = %d: %d of %lld windows in file order are wrong", T, B, wrong,
+          (long long)total);
     free(tokens);
     free(targets);
     dataloader_close(&loader);
@@ -322,8 +329,8 @@ static void data_test_ranks(Tests *t, const DataFixture *fixture, int T, int B, 
         }
         wrong += g != (int64_t)(step + 1) * W;
     }
-    check(t, ok && wrong == 0, "data: W = %d, B = %d, %d ranks: %d differences from the global order %s", W, B, size, wrong,
-          err.text);
+    check(t, ok && wrong == 0, "data: W = %d, B = %d, %d ranks: %d differences from the global order %s", W, B, size,
+          wrong, err.text);
     for (int r = 0; r < size; r++) {
         dataloader_close(&loaders[r]);
     }
@@ -443,8 +450,9 @@ static void data_test_validation(Tests *t, const DataFixture *fixture, int T, in
         }
         dataloader_close(&loader);
     }
-    check(t, ok && wrong == 0 && g == expected, "data: validation of %lld windows on %d ranks: %lld wrong, %lld seen %s",
-          (long long)expected, size, (long long)wrong, (long long)g, err.text);
+    check(t, ok && wrong == 0 && g == expected,
+          "data: validation of %lld windows on %d ranks: %lld wrong, %lld seen %s", (long long)expected, size,
+          (long long)wrong, (long long)g, err.text);
     free(tokens);
     free(targets);
 }
@@ -461,7 +469,8 @@ static void data_test_good(Tests *t) {
         data_test_epochs(t, &fixture, contexts[i]);
         data_test_file_order(t, &fixture, contexts[i], 1 + 2 * i);
     }
-    static const int cases[][3] = {{8, 1, 1}, {8, 1, 2}, {8, 2, 4}, {8, 1, 8}, {24, 3, 4}, {7, 2, 4}, {3, 1, 4}, {300, 5, 2}, {10, 2, 2}};
+    static const int cases[][3] = {{8, 1, 1}, {8, 1, 2}, {8, 2, 4},   {8, 1, 8}, {24, 3, 4},
+                                   {7, 2, 4}, {3, 1, 4}, {300, 5, 2}, {10, 2, 2}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         data_test_ranks(t, &fixture, 16, cases[i][1], cases[i][0], cases[i][2], seed);
     }
@@ -503,7 +512,8 @@ static void data_test_places(Tests *t) {
         DataSpec spec = data_spec(10, 2, 1, true, 4, 0, 1);
         bool ok = dataloader_open(&loader, cases[i].where, cases[i].pattern, &spec, &err);
         check(t, ok && loader.shard_count == cases[i].shards && loader.tokens == cases[i].tokens,
-              "data: %s: %d shards of %lld tokens %s", cases[i].where, loader.shard_count, (long long)loader.tokens, err.text);
+              "data: %s: %d shards of %lld tokens %s", cases[i].where, loader.shard_count, (long long)loader.tokens,
+              err.text);
         if (ok && i != 3) { /* [1] and [3] are the same shard */
             hashes[count++] = dataloader_hash(&loader);
         }
@@ -534,12 +544,16 @@ static void data_test_places(Tests *t) {
     data_fixture_free(&fixture);
 }
 
-/* --------------------------------------------------------------------------------------------------------- bad shards */
+/* ----------------------------------------------------------------------------------------------------- bad shards */
 
 /* The error is one line that names the file (or folder) and says the expected words. */
-static void data_check_message(Tests *t, const char *what, bool failed, const FoxError *err, const char *path, const char *words) {
-    check(t, failed && strstr(err->text, path) != NULL && strstr(err->text, words) != NULL && strchr(err->text, '\n') == NULL,
-          "data: %s: expected an error with '%s' and '%s', found '%s'", what, path, words, failed ? err->text : "success");
+static void data_check_message(Tests *t, const char *what, bool failed, const FoxError *err, const char *path,
+                               const char *words) {
+    check(t,
+          failed && strstr(err->text, path) != NULL && strstr(err->text, words) != NULL &&
+              strchr(err->text, '\n') == NULL,
+          "data: %s: expected an error with '%s' and '%s', found '%s'", what, path, words,
+          failed ? err->text : "success");
 }
 
 /* Opens `where` and takes one batch: fails at one or the other, or not at all. */
@@ -657,26 +671,29 @@ static void data_test_bad_places(Tests *t) {
     }
     data_write_shard(other, 20240520, 1, 20, 300, tokens, 20, 0);
     err.text[0] = '\0';
-    data_check_message(t, "mixed vocabularies", !data_open_and_next(dir, 8, &err), &err, other, "expected a vocabulary of 257");
+    data_check_message(t, "mixed vocabularies", !data_open_and_next(dir, 8, &err), &err, other,
+                       "expected a vocabulary of 257");
     data_write_shard(other, 20240520, 1, 5, 257, tokens, 5, 0);
     err.text[0] = '\0';
     data_check_message(t, "second shard too short", !data_open_and_next(dir, 8, &err), &err, other, "found 5");
     remove(other);
     err.text[0] = '\0';
     check(t, data_open_and_next(dir, 8, &err), "data: the folder without the bad shards: %s", err.text);
-    static const int specs[][4] = {{0, 1, 0, 1}, {8, 0, 0, 1}, {8, 1, 1, 1}, {8, 1, -1, 1}, {8, 1, 0, 0}, {-8, 1, 0, 1}};
+    static const int specs[][4] = {{0, 1, 0, 1},  {8, 0, 0, 1}, {8, 1, 1, 1},
+                                   {8, 1, -1, 1}, {8, 1, 0, 0}, {-8, 1, 0, 1}};
     for (size_t i = 0; i < sizeof specs / sizeof specs[0]; i++) {
         DataLoader loader;
         DataSpec spec = data_spec(specs[i][0], specs[i][1], 0, true, 1, specs[i][2], specs[i][3]);
-        check(t, !dataloader_open(&loader, dir, DATALOADER_TRAIN_PATTERN, &spec, NULL), "data: bad spec %d opens", (int)i);
+        check(t, !dataloader_open(&loader, dir, DATALOADER_TRAIN_PATTERN, &spec, NULL), "data: bad spec %d opens",
+              (int)i);
     }
     remove(path);
     rmdir(dir);
 }
 
-/* ------------------------------------------------------------------------------------------------- thread and big files */
+/* ------------------------------------------------------------------------------------------- thread and big files */
 
-/* A bad token ends the data where it stands and no earlier, stays an error, and a seek goes past it. Opening reads none. */
+/* A bad token ends the data where it stands and no earlier, stays an error, and a seek goes past it. */
 static void data_test_bad_token_late(Tests *t) {
     enum { T = 10, COUNT = 201, BAD = 125 };
     uint16_t data[COUNT];
@@ -694,7 +711,8 @@ static void data_test_bad_token_late(Tests *t) {
         return;
     }
     for (int i = 0; i < BAD / T; i++) {
-        check(t, dataloader_next(&loader, tokens, targets, &err) && tokens[0] == i * T, "data: window %d: %s", i, err.text);
+        check(t, dataloader_next(&loader, tokens, targets, &err) && tokens[0] == i * T, "data: window %d: %s", i,
+              err.text);
     }
     for (int i = 0; i < 3; i++) {
         err.text[0] = '\0';
@@ -738,7 +756,8 @@ static void data_test_file_changes(Tests *t) {
         return;
     }
     data_fixture_path(&fixture, 0, path);
-    static const char *words[] = {"changed while we run", "changed while we run", "changed while we run", "cannot read"};
+    static const char *words[] = {"changed while we run", "changed while we run", "changed while we run",
+                                  "cannot read"};
     for (int i = 0; i < 4; i++) {
         int64_t start = 0;
         check(t, data_wait_full(&loader), "data: the thread does not read ahead");
@@ -774,7 +793,8 @@ static void data_test_shutdown(Tests *t) {
     for (int i = 0; i < rounds; i++) {
         DataLoader loader;
         uint64_t random = fox_random(key, (uint64_t)i);
-        DataSpec spec = data_spec(1 + (int)((random >> 8) % 300), 1 + (int)((random >> 20) % 4), random, random & 1, 8, 0, 1);
+        DataSpec spec =
+            data_spec(1 + (int)((random >> 8) % 300), 1 + (int)((random >> 20) % 4), random, random & 1, 8, 0, 1);
         failures += !dataloader_open(&loader, fixture.dir, DATALOADER_TRAIN_PATTERN, &spec, &err);
         if (random & 2) {
             usleep((useconds_t)((random >> 30) % 200));
@@ -789,7 +809,8 @@ static void data_test_shutdown(Tests *t) {
         dataloader_close(&loader);
         failures += dataloader_next(&loader, tokens, targets, NULL) || dataloader_seek(&loader, 0, NULL); /* closed */
     }
-    check(t, failures == 0, "data: %d failures in %d rounds of open, next, seek, close: %s", failures, rounds, err.text);
+    check(t, failures == 0, "data: %d failures in %d rounds of open, next, seek, close: %s", failures, rounds,
+          err.text);
     free(tokens);
     free(targets);
     data_fixture_free(&fixture);
@@ -808,7 +829,8 @@ static void data_test_big_shard(Tests *t) {
         data[i] = (uint16_t)(i * 7 % 60000);
     }
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    bool written = fd >= 0 && ftruncate(fd, (off_t)bytes) == 0 && pwrite(fd, header, sizeof header, 0) == sizeof header &&
+    bool written = fd >= 0 && ftruncate(fd, (off_t)bytes) == 0 &&
+                   pwrite(fd, header, sizeof header, 0) == sizeof header &&
                    pwrite(fd, data, sizeof data, (off_t)(1024 + 2 * last * T)) == (ssize_t)sizeof data;
     struct stat status;
     bool sparse = written && fstat(fd, &status) == 0 && status.st_blocks < 100000;
@@ -823,8 +845,9 @@ static void data_test_big_shard(Tests *t) {
     DataLoader loader;
     DataSpec spec = data_spec(T, 1, 0, false, 1, 0, 1);
     bool ok = dataloader_open(&loader, path, "*", &spec, &err);
-    check(t, ok && loader.tokens == count && loader.windows == last + 1, "data: 4 GiB shard: %lld tokens, %lld windows %s",
-          (long long)loader.tokens, (long long)loader.windows, err.text);
+    check(t, ok && loader.tokens == count && loader.windows == last + 1,
+          "data: 4 GiB shard: %lld tokens, %lld windows %s", (long long)loader.tokens, (long long)loader.windows,
+          err.text);
     ok = ok && dataloader_seek(&loader, last, &err) && dataloader_next(&loader, tokens, targets, &err);
     int wrong = 0;
     for (int i = 0; i < T && ok; i++) {

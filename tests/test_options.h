@@ -9,7 +9,7 @@
 
 #define OPTIONS_MAX_WORDS 16
 
-/* Parses "-i data" and the words of `line`, which are split at blanks; "''" is an empty word. `words` keeps the text. */
+/* Parses "-i data" and the words of `line`, which are split at blanks; "''" is an empty one. `words` keeps the text. */
 static bool options_parse_line(Options *options, const char *line, char words[1024], FoxError *err) {
     static char program[] = "train_fox", letter[] = "-i", data[] = "data", nothing[] = "";
     char *argv[OPTIONS_MAX_WORDS + 1] = {program, letter, data};
@@ -58,7 +58,8 @@ static const OptionCase option_numbers[] = {
     {"resume", 'y', "false", "0", "1", "-1", "2"},
 };
 
-static const OptionCase option_words[] = { /* low and high: two allowed words; below and above: refused, NULL: none is */
+static const OptionCase option_words[] = {
+    /* low and high: two allowed words; below and above: refused, NULL: none is */
     {"data", 'i', "\"data\"", "a/b", "*.bin", NULL, NULL},
     {"val-data", 'j', "\"\"", "a/b", "''", NULL, NULL},
     {"vocab", 0, "\"\"", "gpt2.tiktoken", "v", NULL, NULL},
@@ -130,9 +131,11 @@ static void options_check_bad(Tests *t, const char *line, const char *expected, 
     Options options;
     FoxError err;
     bool ok = options_parse_line(&options, line, words, &err);
-    check(t, !ok && strstr(err.text, expected) != NULL && strstr(err.text, expected2) != NULL &&
-          strchr(err.text, '\n') == NULL, "options: '%s': expected an error with '%s' and '%s', found '%s'", line, expected,
-          expected2, ok ? "success" : err.text);
+    check(t,
+          !ok && strstr(err.text, expected) != NULL && strstr(err.text, expected2) != NULL &&
+              strchr(err.text, '\n') == NULL,
+          "options: '%s': expected an error with '%s' and '%s', found '%s'", line, expected, expected2,
+          ok ? "success" : err.text);
 }
 
 /* One option with one value, in all ways to write it: --name value, --name=value, -n value. */
@@ -154,8 +157,8 @@ static void options_check_value(Tests *t, const OptionCase *option, const char *
 }
 
 static void options_test_edges(Tests *t) {
-    static const char *garbage[] = {"nan", "inf", "-inf", "1x", "0x1", "1e", "e5", "5,", "--5", "1e999", "''", "1.0.0", ".",
-                                    "99999999999999999999999"};
+    static const char *garbage[] = {"nan", "inf", "-inf",  "1x", "0x1",   "1e", "e5",
+                                    "5,",  "--5", "1e999", "''", "1.0.0", ".",  "99999999999999999999999"};
     for (int i = 0; i < OPTION_NUMBERS; i++) {
         const OptionCase *option = &option_numbers[i];
         char range[64], line[200];
@@ -234,22 +237,25 @@ static void options_test_forms(Tests *t) {
     huge[0] = huge[1] = '-';
     huge[sizeof huge - 1] = '\0';
     options_check_bad(t, huge, "unknown option", "--help");
-    check(t, options_parse_line(&options, "--help --nonsense", words, &err) && options.help, "options: --help: %s", err.text);
+    check(t, options_parse_line(&options, "--help --nonsense", words, &err) && options.help, "options: --help: %s",
+          err.text);
     check(t, options_parse_line(&options, "-h", words, &err) && options.help, "options: -h: %s", err.text);
     check(t, options_parse_line(&options, "--version", words, &err) && options.version && !options.help,
           "options: --version: %s", err.text);
     char program[] = "train_fox", help[] = "--help";
     char *alone[] = {program, NULL}, *with_help[] = {program, help, NULL};
     err.text[0] = '\0';
-    check(t, !options_parse(&options, 1, alone, &err) && strstr(err.text, "-i") != NULL, "options: no data: %s", err.text);
+    check(t, !options_parse(&options, 1, alone, &err) && strstr(err.text, "-i") != NULL, "options: no data: %s",
+          err.text);
     err.text[0] = '\0';
     check(t, options_parse(&options, 2, with_help, &err) && options.help, "options: only --help: %s", err.text);
 }
 
 /* Random command lines of options, values and noise never crash; what is accepted gives valid JSON. */
 static void options_test_noise(Tests *t) {
-    static const char *noise[] = {"-T", "--lr", "5", "-1", "=", "--acp=off", "--acp=", "-", "--", "1e-5", "-y", "--seed", "x",
-                                  "--out", "''", "--vocab=\"\\", "-b", "--keep=2", "--sample-prompt", "\x01\xff\xc3", "-i", "1"};
+    static const char *noise[] = {
+        "-T", "--lr", "5", "-1", "=", "--acp=off", "--acp=", "-", "--", "1e-5", "-y", "--seed", "x", "--out", "''",
+        "--vocab=\"\\", "-b", "--keep=2", "--sample-prompt", "\x01\xff\xc3", "-i", "1"};
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     uint64_t key = (uint64_t)now.tv_nsec;
@@ -298,7 +304,8 @@ static void options_test_help(Tests *t) {
         char row[80];
         snprintf(row, sizeof row, "\n%c%c%c --%s ", option->letter ? '-' : ' ', option->letter ? option->letter : ' ',
                  option->letter ? ',' : ' ', option->name);
-        check(t, options_count(text, row) == 1, "options: the help has %d rows for --%s", options_count(text, row), option->name);
+        check(t, options_count(text, row) == 1, "options: the help has %d rows for --%s", options_count(text, row),
+              option->name);
         const char *found = strstr(text, row);
         if (found != NULL && i < OPTION_NUMBERS) {
             char range[64], line[300];
@@ -327,10 +334,13 @@ static void options_test_help(Tests *t) {
     fclose(out);
     for (int i = 0; i < OPTION_NUMBERS + OPTION_WORDS; i++) {
         char row[80];
-        snprintf(row, sizeof row, "  %s ", i < OPTION_NUMBERS ? option_numbers[i].name : option_words[i - OPTION_NUMBERS].name);
-        check(t, options_count(text, row) == 1, "options: the settings have %d rows '%s'", options_count(text, row), row);
+        snprintf(row, sizeof row, "  %s ",
+                 i < OPTION_NUMBERS ? option_numbers[i].name : option_words[i - OPTION_NUMBERS].name);
+        check(t, options_count(text, row) == 1, "options: the settings have %d rows '%s'", options_count(text, row),
+              row);
     }
-    check(t, options_count(text, " 0.25\n") == 1 && options_count(text, " tight\n") == 1, "options: settings: %s", text);
+    check(t, options_count(text, " 0.25\n") == 1 && options_count(text, " tight\n") == 1, "options: settings: %s",
+          text);
     free(text);
 }
 
@@ -340,7 +350,8 @@ static void options_test_json(Tests *t) {
     char words[1024];
     FoxError err;
     Options options;
-    check(t, options_parse_line(&options, "--lr 0.0123456789012345678 --seed 9007199254740993", words, &err), "%s", err.text);
+    check(t, options_parse_line(&options, "--lr 0.0123456789012345678 --seed 9007199254740993", words, &err), "%s",
+          err.text);
     for (size_t i = 0; i < sizeof strings / sizeof strings[0]; i++) {
         options.sample_prompt = strings[i];
         JsonDocument document = options_document(t, &options);
@@ -359,7 +370,7 @@ static void options_test_json(Tests *t) {
     json_free(&document);
 }
 
-/* ------------------------------------------------------------------------------------------------ what depends on what */
+/* ------------------------------------------------------------------------------------------- what depends on what */
 
 static void options_test_resolve(Tests *t) {
     static const struct {
@@ -400,11 +411,14 @@ static void options_test_resolve(Tests *t) {
         ok = ok && options_resolve(&options, preset, cases[i].ranks, &err);
         if (cases[i].words != NULL) {
             check(t, !ok && strstr(err.text, cases[i].words) != NULL && strchr(err.text, '\n') == NULL,
-                  "options: '%s' on %d ranks: expected '%s', found '%s'", cases[i].line, cases[i].ranks, cases[i].words, err.text);
+                  "options: '%s' on %d ranks: expected '%s', found '%s'", cases[i].line, cases[i].ranks, cases[i].words,
+                  err.text);
             continue;
         }
-        check(t, ok && options.context == cases[i].T && options.micro_batch == cases[i].B && options.batch_tokens == cases[i].d &&
-              options.learning_rate == (rate > 0 ? rate : preset->learning_rate),
+        check(t,
+              ok && options.context == cases[i].T && options.micro_batch == cases[i].B &&
+                  options.batch_tokens == cases[i].d &&
+                  options.learning_rate == (rate > 0 ? rate : preset->learning_rate),
               "options: '%s' on %d ranks: T %lld, B %lld, d %lld, lr %g %s", cases[i].line, cases[i].ranks,
               (long long)options.context, (long long)options.micro_batch, (long long)options.batch_tokens,
               options.learning_rate, err.text);
@@ -466,7 +480,8 @@ static void options_test_resolve_rest(Tests *t) {
     check(t, !options_resolve(&options, NULL, 1, &err) && !strstr(err.text, "-T") && strstr(err.text, "-d"),
           "options: a checkpoint, -T and -l: %s", err.text);
     options_parse_line(&options, "-e out/step_00000010 -T 512 -l 1e-3 -d 4096", words, &err);
-    check(t, options_resolve(&options, NULL, 1, &err) && options.micro_batch == 8, "options: a checkpoint: %s", err.text);
+    check(t, options_resolve(&options, NULL, 1, &err) && options.micro_batch == 8, "options: a checkpoint: %s",
+          err.text);
 
     static const struct { const char *line; int64_t windows, steps, warmup; } cases[] = {
         {"-T 1024 -d 8192", 800, 100, 81920},
@@ -483,8 +498,8 @@ static void options_test_resolve_rest(Tests *t) {
                   options_resolve(&options, fox_find_preset(options.model), 1, &err);
         options_resolve_steps(&options, cases[i].windows);
         check(t, ok && options.steps == cases[i].steps && options.warmup_tokens == cases[i].warmup,
-              "options: '%s' with %lld windows: %lld steps, warm-up %lld %s", cases[i].line, (long long)cases[i].windows,
-              (long long)options.steps, (long long)options.warmup_tokens, err.text);
+              "options: '%s' with %lld windows: %lld steps, warm-up %lld %s", cases[i].line,
+              (long long)cases[i].windows, (long long)options.steps, (long long)options.warmup_tokens, err.text);
     }
 }
 
@@ -510,7 +525,8 @@ static void test_schedule(Tests *t) {
     check(t, wrong == 0, "schedule: %d steps in the wrong direction or too large", wrong);
     check(t, schedule_lr(peak, 0, 0, 100, 0) == peak, "schedule: without a warm-up it begins at the peak");
     check(t, schedule_lr(peak, 0, 0, 100, 100) == 0, "schedule: without a final rate it ends at 0");
-    check(t, fabs(schedule_lr(peak, 0, 200, 100, 100) - peak / 2) <= 1e-15, "schedule: a run that ends inside its warm-up");
+    check(t, fabs(schedule_lr(peak, 0, 200, 100, 100) - peak / 2) <= 1e-15,
+          "schedule: a run that ends inside its warm-up");
     check(t, schedule_lr(peak, 0, 100, 100, 100) == 0, "schedule: a run that is all warm-up");
     check(t, schedule_lr(peak, 0, 0, 0, 0) == 0, "schedule: an empty run");
 }

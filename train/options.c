@@ -34,7 +34,8 @@ static const Option table[] = {
     {NULL, 0, "vocab", OPTION_STRING, FIELD(vocab), NO_RANGE, "",
      "vocabulary file; not given: bytes, if the data has 257"},
     {NULL, 'o', "out", OPTION_STRING, FIELD(out), NO_RANGE, "out", "folder for checkpoints and metrics.jsonl"},
-    {NULL, 'e', "model", OPTION_STRING, FIELD(model), NO_RANGE, "fox-pro-125m", "a preset's name or a checkpoint folder"},
+    {NULL, 'e', "model", OPTION_STRING, FIELD(model), NO_RANGE, "fox-pro-125m",
+     "a preset's name or a checkpoint folder"},
     {NULL, 'T', "context", OPTION_INT, FIELD(context), "0", "1048576", "0", "tokens in a sequence; 0: the preset's"},
 
     {"Training", 'b', "micro-batch", OPTION_INT, FIELD(micro_batch), "0", "65536", "0",
@@ -190,7 +191,8 @@ static bool set_value(Options *options, const Option *option, const char *given,
     }
     if (!ok) {
         char allowed[128];
-        const char *kind = option->type == OPTION_INT ? "a whole number in " : option->type == OPTION_REAL ? "a number in " : "";
+        bool whole = option->type == OPTION_INT, real = option->type == OPTION_REAL;
+        const char *kind = whole ? "a whole number in " : real ? "a number in " : "";
         allowed_text(option, allowed, sizeof allowed);
         return fox_fail(err, "%s: expected %s%s, found '%.100s'", given, kind, allowed, text);
     }
@@ -260,7 +262,8 @@ static bool fail_unknown(const char *given, FoxError *err) {
         }
     }
     if (length > 1 && best_distance <= 3 && best_distance < length) {
-        return fox_fail(err, "unknown option %.100s; did you mean --%s? --help lists them all", given, table[best].name);
+        return fox_fail(err, "unknown option %.100s; did you mean --%s? --help lists them all", given,
+                        table[best].name);
     }
     return fox_fail(err, "unknown option %.100s; --help lists them all", given);
 }
@@ -320,8 +323,8 @@ static bool parse_one(Options *options, int argc, char *const *argv, int *at, Fo
         } else {
             char allowed[128];
             allowed_text(option, allowed, sizeof allowed);
-            return fox_fail(err, "%s needs a value%s%s: --%s VALUE or --%s=VALUE", given, allowed[0] ? " in " : "", allowed,
-                            option->name, option->name);
+            return fox_fail(err, "%s needs a value%s%s: --%s VALUE or --%s=VALUE", given, allowed[0] ? " in " : "",
+                            allowed, option->name, option->name);
         }
     }
     return set_value(options, option, given, value, err);
@@ -389,12 +392,16 @@ bool options_resolve(Options *options, const FoxPreset *preset, int ranks, FoxEr
     int64_t unit = row * B;
     int64_t tokens = nearest_multiple(wish, unit);
     if (tokens > largest) {
-        return fox_fail(err, "-T %lld x -b %lld x %d ranks: a step would have %lld tokens, at most %lld are possible; lower "
-                        "-b or -T", (long long)T, (long long)B, ranks, (long long)tokens, (long long)largest);
+        return fox_fail(err,
+                        "-T %lld x -b %lld x %d ranks: a step would have %lld tokens, at most %lld are possible; lower "
+                        "-b or -T",
+                        (long long)T, (long long)B, ranks, (long long)tokens, (long long)largest);
     }
     if (options->batch_tokens != 0 && options->batch_tokens != tokens) {
-        return fox_fail(err, "-d %lld: a step must be a multiple of %lld tokens (-T %lld x -b %lld x %d rank%s); -d %lld "
-                        "would work", (long long)options->batch_tokens, (long long)unit, (long long)T, (long long)B, ranks,
+        return fox_fail(err,
+                        "-d %lld: a step must be a multiple of %lld tokens (-T %lld x -b %lld x %d rank%s); -d %lld "
+                        "would work",
+                        (long long)options->batch_tokens, (long long)unit, (long long)T, (long long)B, ranks,
                         ranks == 1 ? "" : "s", (long long)tokens);
     }
     options->micro_batch = B;
@@ -414,7 +421,7 @@ void options_resolve_steps(Options *options, int64_t windows) {
     }
 }
 
-/* ---------------------------------------------------------------------------------------------------------- printing */
+/* ------------------------------------------------------------------------------------------------------- printing */
 
 void options_help(FILE *out) {
     fputs("train_fox: pretrains Forgetting Transformers (FoX) with adaptive computation pruning.\n"

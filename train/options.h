@@ -52,14 +52,14 @@ typedef struct Options {
 } Options;
 
 /* Reads a command line (argv[0] is the program). Starts from the defaults; an option given twice: the last wins. At
- * --help or --version it stops and returns true with that field set. Otherwise fails with one line that names the option,
- * what it found and what is allowed. */
+ * --help or --version it stops and returns true with that field set. Otherwise fails with one line that names the
+ * option, what it found and what is allowed. */
 bool options_parse(Options *, int argc, char *const *argv, FoxError *);
 
 /* Decides context, micro_batch, batch_tokens and learning_rate where they are 0, and checks that they fit together:
  * afterwards batch_tokens is a multiple of context * micro_batch * ranks. What was given is kept or is an error, which
- * says a value that would work. preset: NULL when the model is a checkpoint, which has no opinion; the options it leaves
- * open must then be given. */
+ * says a value that would work. preset: NULL when the model is a checkpoint, which has no opinion; the options it
+ * leaves open must then be given. */
 bool options_resolve(Options *, const FoxPreset *preset, int ranks, FoxError *);
 
 /* Decides steps (0: one pass over `windows` windows, at least one step) and warmup_tokens (-1: 256Mi tokens or a tenth
