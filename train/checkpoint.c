@@ -114,7 +114,7 @@ static bool check_unsupported(const Json *root, const char *what, const FoxConfi
         return wrong_value(what, "elementwise_affine", v, "true", err);
     }
     v = json_get(root, "qk_norm_eps");
-    if (v != NULL && (float)v->number != FOX_QK_NORM_EPS) {
+    if (v != NULL && !(fabs(v->number - (double)FOX_QK_NORM_EPS) < 1e-9)) {
         return wrong_value(what, "qk_norm_eps", v, "1e-05", err);
     }
     return true;

@@ -80,8 +80,10 @@ static bool check_range(FoxError *err, const char *key, int value, int low, int 
     return (value >= low && value <= high) || fox_fail(err, "%s is %d, expected %d to %d", key, value, low, high);
 }
 
+/* Bounded so that the value is an ordinary number as a float, too. */
 static bool check_positive(FoxError *err, const char *key, double value) {
-    return (value > 0 && isfinite(value)) || fox_fail(err, "%s is %g, expected a positive number", key, value);
+    return (value >= 1e-30 && value <= 1e30) ||
+           fox_fail(err, "%s is %g, expected a positive number from 1e-30 to 1e30", key, value);
 }
 
 bool fox_config_check(const FoxConfig *c, FoxError *err) {
