@@ -42,8 +42,8 @@
 #define TOKENIZER_MAX_TOKENS 65536                   /* ids are uint16 */
 #define TOKENIZER_MAX_TOKEN_BYTES 255                /* GPT-2's longest has 128 */
 #define TOKENIZER_MAX_FILE ((size_t)16 << 20)        /* bytes of a vocabulary file; GPT-2's has 0.8 MB */
-#define TOKENIZER_MAX_PIECE ((size_t)64 << 20)       /* a longer piece is cut here, to bound memory */
-#define TOKENIZER_SHORT_PIECE 96                     /* bytes up to which a linear search beats a heap */
+#define TOKENIZER_MAX_STRETCH ((size_t)64 << 20)     /* a longer stretch is cut here, to bound memory */
+#define TOKENIZER_SHORT_STRETCH 96                   /* bytes up to which a linear search beats a heap */
 #define TOKENIZER_NO_RANK UINT32_MAX
 
 /* Character classes of the split pattern. */
@@ -82,6 +82,7 @@ typedef struct Tokenizer {
     uint8_t *bytes;        /* all tokens' bytes */
     uint16_t byte_token[256];
     uint8_t *classes;      /* [0x110000] class of each code point */
+    uint8_t *joined;       /* [a << 8 | b] 1 where some token has the bytes a b in a row */
     TokenizerWord *words;  /* [word_mask + 1] open addressing, never full */
     uint64_t word_mask;
     TokenizerPair *pairs;  /* [pair_mask + 1] likewise */
@@ -327,9 +328,9 @@ static inline void token_list_push(TokenList *list, int token) {
     list->tokens[list->count++] = (uint16_t)token;
 }
 
-/* Merges n <= TOKENIZER_SHORT_PIECE bytes into tokens[], returns their number: O(n^2), all of it in the first cache. */
+/* Merges n <= TOKENIZER_SHORT_STRETCH bytes into tokens[] and returns their number. O(n^2), all in the first cache. */
 static inline size_t tokenizer_merge_short(const Tokenizer *t, const uint8_t *p, size_t n, uint16_t *tokens) {
-    uint32_t rank[TOKENIZER_SHORT_PIECE + 1]; // rank[i]: of the pair (i, i + 1)
+    uint32_t rank[TOKENIZER_SHORT_STRETCH + 1]; // rank[i]: of the pair (i, i + 1)
     for (size_t i = 0; i < n; i++) {
         tokens[i] = t->byte_token[p[i]];
     }
@@ -394,9 +395,9 @@ static inline void tokenizer_heap_push(TokenizerHeap *heap, uint64_t item) {
     heap->items[i] = item;
 }
 
-/* A token of a long piece, at the position of its first byte, in a doubly linked list. */
+/* A token of a long stretch, at the position of its first byte, in a doubly linked list. */
 typedef struct TokenizerNode {
-    uint32_t previous, next; /* positions; the piece's length past either end */
+    uint32_t previous, next; /* positions; the stretch's length past either end */
     uint32_t rank;           /* of the pair (this, next) */
     uint16_t token;
 } TokenizerNode;
@@ -411,7 +412,7 @@ static inline void tokenizer_rank_node(const Tokenizer *t, TokenizerNode *nodes,
     }
 }
 
-/* The same merges for a piece of any length up to TOKENIZER_MAX_PIECE, O(n log n): candidates wait in a heap, and one
+/* The same merges for any length up to TOKENIZER_MAX_STRETCH, O(n log n): candidates wait in a heap, and one
  * whose node has another rank by now is dropped when it comes up. */
 static inline void tokenizer_merge_long(const Tokenizer *t, const uint8_t *p, size_t length, TokenList *out) {
     uint32_t n = (uint32_t)length;
@@ -450,6 +451,21 @@ static inline void tokenizer_merge_long(const Tokenizer *t, const uint8_t *p, si
     free(heap.items);
 }
 
+/* Appends the merged bytes of one piece. Where no token at all has the two bytes around a place in a row, no merge ever
+ * crosses it: the stretches between such places are merged one by one, which gives the same tokens and keeps the work
+ * small and in the cache, however long the piece is. */
+static inline void tokenizer_merge(const Tokenizer *t, const uint8_t *p, size_t length, TokenList *out) {
+    for (size_t n; length > 0; p += n, length -= n) {
+        for (n = 1; n < length && n < TOKENIZER_MAX_STRETCH && t->joined[p[n - 1] << 8 | p[n]]; n++) {
+        }
+        if (n <= TOKENIZER_SHORT_STRETCH) {
+            out->count += tokenizer_merge_short(t, p, n, out->tokens + out->count);
+        } else {
+            tokenizer_merge_long(t, p, n, out);
+        }
+    }
+}
+
 /* Appends the tokens of one piece: the token of exactly these bytes, or else the merged bytes. */
 static inline void tokenizer_encode_piece(const Tokenizer *t, const uint8_t *p, size_t length, const uint8_t *end,
                                           TokenList *out) {
@@ -457,13 +473,8 @@ static inline void tokenizer_encode_piece(const Tokenizer *t, const uint8_t *p, 
     int token = tokenizer_find(t, p, length, end);
     if (token >= 0) {
         out->tokens[out->count++] = (uint16_t)token;
-    } else if (length <= TOKENIZER_SHORT_PIECE) {
-        out->count += tokenizer_merge_short(t, p, length, out->tokens + out->count);
     } else {
-        for (; length > TOKENIZER_MAX_PIECE; p += TOKENIZER_MAX_PIECE, length -= TOKENIZER_MAX_PIECE) {
-            tokenizer_merge_long(t, p, TOKENIZER_MAX_PIECE, out);
-        }
-        tokenizer_merge_long(t, p, length, out);
+        tokenizer_merge(t, p, length, out);
     }
 }
 
@@ -559,6 +570,7 @@ static inline void tokenizer_free(Tokenizer *t) {
     free(t->spans);
     free(t->bytes);
     free(t->classes);
+    free(t->joined);
     free(t->words);
     free(t->pairs);
     free(t->merged);
@@ -593,11 +605,19 @@ static inline void tokenizer_fill_class(Tokenizer *t, const UnicodeRange *ranges
     }
 }
 
-static inline void tokenizer_make_classes(Tokenizer *t) {
+/* Fills classes[] and, from all tokens' bytes, joined[]. */
+static inline void tokenizer_make_tables(Tokenizer *t) {
     t->classes = FOX_NEW(uint8_t, 0x110000); // zero is TOKENIZER_OTHER
     tokenizer_fill_class(t, unicode_letters, sizeof unicode_letters / sizeof unicode_letters[0], TOKENIZER_LETTER);
     tokenizer_fill_class(t, unicode_numbers, sizeof unicode_numbers / sizeof unicode_numbers[0], TOKENIZER_NUMBER);
     tokenizer_fill_class(t, unicode_spaces, sizeof unicode_spaces / sizeof unicode_spaces[0], TOKENIZER_SPACE);
+    t->joined = FOX_NEW(uint8_t, 65536);
+    for (int token = 0; token < t->vocab_size; token++) {
+        const uint8_t *p = t->bytes + t->spans[token].start;
+        for (uint32_t i = 1; i < t->spans[token].length; i++) {
+            t->joined[p[i - 1] << 8 | p[i]] = 1;
+        }
+    }
 }
 
 /* Finds the 256 one-byte tokens: with all of them there, any text can be encoded. */
@@ -766,6 +786,7 @@ static inline bool tokenizer_parse_ranks(Tokenizer *t, const char *path, const c
     }
     tokenizer_derive_pairs(t, count, used);
     tokenizer_set_bytes(t, count, TOKENIZER_END_OF_TEXT, sizeof TOKENIZER_END_OF_TEXT - 1, &used);
+    tokenizer_make_tables(t);
     return true;
 }
 
@@ -959,6 +980,7 @@ static inline bool tokenizer_parse_pair(Tokenizer *t, const char *vocab_path, co
               tokenizer_parse_merges(t, merges_path, merges, merges_size, byte_of, err);
     json_free(&document);
     if (ok) {
+        tokenizer_make_tables(t);
         tokenizer_drop_unreachable(t);
     }
     return ok;
@@ -1018,9 +1040,7 @@ static inline bool tokenizer_open(const char *path, Tokenizer *t, FoxError *err)
     bool ok = folder ? tokenizer_open_folder(t, path, err)
             : json   ? tokenizer_open_pair(t, path, err)
                      : tokenizer_open_ranks(t, path, err);
-    if (ok) {
-        tokenizer_make_classes(t);
-    } else {
+    if (!ok) {
         tokenizer_free(t);
     }
     return ok;

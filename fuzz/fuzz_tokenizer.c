@@ -95,7 +95,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memset(&t, 0, sizeof t);
     if (parse(mode, (const char *)data, file_length, (const char *)data + file_length, merges_length, &t, &err)) {
         must(err.text[0] == '\0' && t.end_of_text >= 0 && t.end_of_text < t.vocab_size);
-        tokenizer_make_classes(&t);
         check_text(&t, text, text_length);
     } else {
         must(err.text[0] != '\0' && strchr(err.text, '\n') == NULL);
