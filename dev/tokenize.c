@@ -5,7 +5,7 @@
  * VOCAB: as --vocab of train_fox, or "bytes". DOCUMENTS: each one a little-endian uint32 length and that many bytes.
  * TOKENS, written: for each document a uint32 count and that many uint16 tokens (encode), or a uint32 length and the
  * JSON-escaped text (escape). Decodes (unescapes) every document too, and fails where that is not the document again.
- * Prints the seconds spent encoding.
+ * Prints the seconds of processor time spent encoding.
  *
  *     cc -O3 -o tokenize dev/tokenize.c train/files.c train/json.c -lm */
 #include "../tokenizer.h"
@@ -17,11 +17,18 @@ static void put(FILE *out, const void *data, size_t size, size_t count) {
     }
 }
 
+/* Seconds of processor time, so that other work on the machine does not count. */
+static double cpu_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 static double encode(const Tokenizer *t, const char *text, size_t length, TokenList *list, FILE *out) {
-    double start = fox_now();
+    double start = cpu_seconds();
     list->count = 0;
     tokenizer_encode(t, text, length, list);
-    double seconds = fox_now() - start;
+    double seconds = cpu_seconds() - start;
     size_t back_length;
     char *back = tokenizer_decode(t, list->tokens, list->count, &back_length);
     if (back_length != length || memcmp(back, text, length) != 0) {
@@ -33,10 +40,10 @@ static double encode(const Tokenizer *t, const char *text, size_t length, TokenL
 }
 
 static double escape(const char *text, size_t length, FILE *out) {
-    double start = fox_now();
+    double start = cpu_seconds();
     size_t escaped_length, back_length;
     char *escaped = tokenizer_json_escape(text, length, &escaped_length);
-    double seconds = fox_now() - start;
+    double seconds = cpu_seconds() - start;
     char *back = tokenizer_json_unescape(escaped, escaped_length, &back_length);
     if (back_length != length || memcmp(back, text, length) != 0) {
         fox_die("unescape(escape(x)) != x for a document of %zu bytes", length);
