@@ -1,8 +1,9 @@
 #include "decode.h"
 
+#include <unistd.h>
+
 #ifdef _OPENMP
 #include <omp.h>
-#include <unistd.h>
 #endif
 
 /* Everything the CPU back end owns. */
@@ -57,6 +58,27 @@ static void cpu_report(const Backend *b, FILE *out) {
     fprintf(out, "Adam moments        %9.1f MiB\n", 2 * flat);
     fprintf(out, "activations         %9.1f MiB   (%d x %d tokens, recompute %d)\n", (double)cpu_activation_bytes(&b->spec) / MiB,
             b->spec.B, b->spec.T, b->spec.recompute);
+}
+
+/* The memory is touched as it is used, and a machine that runs out of it kills the process without a word: so ask first. */
+static bool cpu_allocate(Backend *b, FoxError *err) {
+    CpuBackend *s = cpu(b);
+    const BackendSpec *spec = &b->spec;
+    double need = (double)cpu_memory(b) * s->ranks->local_size;
+    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (need > have) {
+        return fox_fail(err, "the model needs %.1f GiB of memory, this machine has %.1f; lower -b (micro-batch) or -T (context), "
+                        "set -r 2 (recompute), or take a smaller -e (model)", need / 0x1p30, have / 0x1p30);
+    }
+    s->params = FOX_NEW(float, b->table.total);
+    s->grads = FOX_NEW(float, b->table.total);
+    s->adam_m = FOX_NEW(float, b->table.total);
+    s->adam_v = FOX_NEW(float, b->table.total);
+    s->losses = FOX_NEW(float, (int64_t)spec->B * spec->T);
+    s->model = fox_model_create(&spec->config, &b->table, s->params, s->grads, spec->B, spec->T, spec->recompute > 0);
+    s->model.acp = spec->acp;
+    s->model.log_tolerance = spec->log_tolerance;
+    return true;
 }
 
 static void cpu_forward_backward(Backend *b, const int32_t *tokens, const int32_t *targets, double scale) {
@@ -186,6 +208,7 @@ bool backend_cpu_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, F
     b->spec = *spec;
     b->table = fox_table_create(&spec->config);
     b->report = cpu_report;
+    b->allocate = cpu_allocate;
     b->memory = cpu_memory;
     b->read = cpu_read;
     b->write = cpu_write;
@@ -202,13 +225,5 @@ bool backend_cpu_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, F
     CpuBackend *s = FOX_NEW(CpuBackend, 1);
     b->self = s;
     s->ranks = ranks;
-    s->params = FOX_NEW(float, b->table.total);
-    s->grads = FOX_NEW(float, b->table.total);
-    s->adam_m = FOX_NEW(float, b->table.total);
-    s->adam_v = FOX_NEW(float, b->table.total);
-    s->losses = FOX_NEW(float, (int64_t)spec->B * spec->T);
-    s->model = fox_model_create(&spec->config, &b->table, s->params, s->grads, spec->B, spec->T, spec->recompute > 0);
-    s->model.acp = spec->acp;
-    s->model.log_tolerance = spec->log_tolerance;
     return true;
 }

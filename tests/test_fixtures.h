@@ -87,7 +87,7 @@ static void test_fixture_file(Tests *t, const char *path) {
         spec.T = (int)ids->shape[1];
         spec.acp = (AcpMode)acp;
         spec.log_tolerance = -10;
-        if (check(t, backend_cpu_open(&b, &spec, &ranks, &err), "%s", err.text)) {
+        if (check(t, backend_cpu_open(&b, &spec, &ranks, &err) && b.allocate(&b, &err), "%s", err.text)) {
             b.write(&b, FOX_PARAMS, 0, table.total, params);
             fixture_compare(t, name, &b, tokens, targets, losses, grads);
             b.free(&b);

@@ -431,7 +431,7 @@ static void test_backend(Tests *t) {
     spec.B = 2;
     spec.T = 20;
     spec.log_tolerance = -10;
-    if (!check(t, backend_cpu_open(&b, &spec, &ranks, &err), "backend_cpu_open: %s", err.text)) {
+    if (!check(t, backend_cpu_open(&b, &spec, &ranks, &err) && b.allocate(&b, &err), "back end: %s", err.text)) {
         return;
     }
     int64_t total = b.table.total;

@@ -48,8 +48,11 @@ typedef struct Backend {
     BackendSpec spec;
     void *self; /* the implementation's own state */
 
-    /* Prints the device and its memory by purpose, in bytes. */
+    /* Prints the device and the memory that allocate() will take, by purpose. */
     void (*report)(const struct Backend *, FILE *out);
+    /* Takes that memory, all at once; call it before any function below. Everything starts at zero: fill the parameters
+     * with write(). Fails, saying which options need less, where the machine has not so much. */
+    bool (*allocate)(struct Backend *, FoxError *);
     /* Bytes of device memory (cuda) or main memory (cpu) the back end holds. */
     int64_t (*memory)(const struct Backend *);
 
@@ -77,7 +80,8 @@ typedef struct Backend {
     void (*free)(struct Backend *);
 } Backend;
 
-/* Opens the CPU back end. `ranks` must outlive it. Parameters start at zero: fill them with write(). */
+/* Opens the CPU back end: checks the configuration and makes its table; takes no memory for it yet. `ranks` must outlive
+ * it. */
 bool backend_cpu_open(Backend *, const BackendSpec *, const Ranks *ranks, FoxError *);
 
 #endif

@@ -541,7 +541,7 @@ static bool metadata_count(const SafeTensors *st, const char *key, int64_t *out,
 /* Loads the moments of one open file, which must begin at *at of the flat space, and moves *at to its end. */
 static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, FoxError *err) {
     static const char *const names[] = {"exp_avg", "exp_avg_sq"};
-    int64_t start, length, total;
+    int64_t start = 0, length = 0, total = 0;
     if (!metadata_count(st, "start", &start, err) || !metadata_count(st, "length", &length, err) ||
         !metadata_count(st, "total", &total, err)) {
         return false;

@@ -37,6 +37,9 @@ static inline bool fox_fail(FoxError *err, const char *format, ...) {
         va_start(args, format);
         vsnprintf(err->text, sizeof err->text, format, args);
         va_end(args);
+        for (char *p = err->text; *p != '\0'; p++) {
+            *p = (unsigned char)*p < ' ' || *p == 127 ? '?' : *p; /* a path may hold a line break: still one line */
+        }
     }
     return false;
 }
@@ -59,8 +62,7 @@ static inline void *fox_alloc(size_t bytes) {
     size_t rounded = (bytes + 63) / 64 * 64;
     void *p = rounded < bytes ? NULL : aligned_alloc(64, rounded ? rounded : 64);
     if (p == NULL) {
-        fox_die("out of memory: %.1f MiB asked for; a smaller -b (micro-batch) or -T (context) needs less",
-                (double)bytes / 1048576.0);
+        fox_die("out of memory: %.1f MiB asked for at once", (double)bytes / 1048576.0);
     }
     memset(p, 0, rounded ? rounded : 64);
     return p;

@@ -323,6 +323,9 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     if (t->ranks.rank == 0) {
         t->backend.report(&t->backend, stdout);
     }
+    if (!everyone(t, t->backend.allocate(&t->backend, err), err)) {
+        return false;
+    }
     int64_t cells = (int64_t)t->config.num_hidden_layers * t->config.num_heads;
     t->step_skipped = FOX_NEW(double, cells);
     t->step_blocks = FOX_NEW(double, cells);
@@ -555,7 +558,6 @@ void trainer_sample(Trainer *t) {
 }
 
 bool trainer_save(Trainer *t, FoxError *err) {
-    t->state.param_hash = checkpoint_param_hash(&t->backend);
     bool ok = checkpoint_save(t->options.out, &t->backend, &t->ranks, &t->state, t->settings, NULL, err);
     if (!everyone(t, ok, err)) {
         return false;
