@@ -126,7 +126,7 @@ static bool run_make_model(RunFixture *f, FoxError *err) {
     spec.T = 1;
     Ranks ranks = {0, 1, 0, 1};
     Backend backend;
-    if (!backend_cpu_open(&backend, &spec, &ranks, err)) {
+    if (!backend_cpu_open(&backend, &spec, &ranks, err) || !backend.allocate(&backend, err)) {
         return false;
     }
     float *params = FOX_NEW(float, backend.table.total);
@@ -429,7 +429,7 @@ static void test_run_full_disk(Tests *t, const RunFixture *f) {
 
 /* Writes ROOT/name: bytes, or a text of length strlen when length is 0. */
 static void run_put(const RunFixture *f, const char *name, const void *bytes, size_t length) {
-    char path[1300], *slash;
+    char path[2000], *slash;
     snprintf(path, sizeof path, "%s/%s", f->root, name);
     slash = strrchr(path, '/');
     *slash = '\0';
