@@ -158,11 +158,10 @@ static void plan_add(Plan *plan, const char *path, int64_t bytes, uint64_t hash)
         plan->capacity = 2 * plan->capacity + 64;
         plan->documents = (Document *)realloc(plan->documents, (size_t)plan->capacity * sizeof(Document));
     }
-    char *copy = strdup(path);
-    if (plan->documents == NULL || copy == NULL) {
+    Document document = {strdup(path), bytes, hash, false};
+    if (plan->documents == NULL || document.path == NULL) {
         fox_die("out of memory for the list of %lld documents", (long long)plan->capacity);
     }
-    Document document = {copy, bytes, hash, false};
     plan->documents[plan->count++] = document;
     plan->bytes += bytes;
 }

@@ -20,8 +20,10 @@
 
 #if defined(__GNUC__)
 #define FOX_PRINTF(fmt, first) __attribute__((__format__(__printf__, fmt, first)))
+#define FOX_NORETURN __attribute__((noreturn))
 #else
 #define FOX_PRINTF(fmt, first)
+#define FOX_NORETURN
 #endif
 
 typedef struct FoxError {
@@ -46,7 +48,7 @@ static inline bool fox_fail(FoxError *err, const char *format, ...) {
 
 /* Prints "fox: error: ..." on stderr and exits with code 1. For failures that no caller could handle. */
 FOX_PRINTF(1, 2)
-static inline void fox_die(const char *format, ...) {
+FOX_NORETURN static inline void fox_die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fputs("fox: error: ", stderr);
