@@ -111,7 +111,7 @@ $(STAMP):
 -include $(OBJECTS:.o=.d)
 
 test: $(PROGRAMS)
-	$(BIN)test_fox $(if $(filter-out 0,$(SANITIZE)),--quick)
+	@$(or $(BIN),./)test_fox $(if $(filter-out 0,$(SANITIZE)),--quick)
 
 demo: $(PROGRAMS)
 	@sh scripts/demo.sh
