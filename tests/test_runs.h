@@ -794,7 +794,7 @@ static int run_mpi(const RunFixture *f, int ranks, const char *train) {
 static void test_run_ranks(Tests *t, const RunFixture *f) {
     char command[4096], out[64], path[1024];
     RunLog one, more;
-    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 3e-3", command);
+    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 1e-3", command);
     if (!run_expect(t, f, "one rank", run_command(f, command), 0)) {
         return;
     }
@@ -803,14 +803,14 @@ static void test_run_ranks(Tests *t, const RunFixture *f) {
         char what[64];
         snprintf(out, sizeof out, "ranks_%d", ranks);
         snprintf(what, sizeof what, "%d ranks against 1", ranks);
-        run_train_command(f, out, "-x 20 -n 10 -b 1 -l 3e-3", command);
+        run_train_command(f, out, "-x 20 -n 10 -b 1 -l 1e-3", command);
         run_expect(t, f, what, run_mpi(f, ranks, command), 0);
         run_read_log(f, out, &more);
         run_compare_logs(t, what, &one, &more, 20, 1e-5);
     }
     snprintf(path, sizeof path, "%s/ranks_1/step_00000020", f->root);
     check(t, remove_directory(path), "%s can be removed", path);
-    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 3e-3 -y", command);
+    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 1e-3 -y", command);
     run_expect(t, f, "2 ranks after 1", run_mpi(f, 2, command), 0);
     run_read_log(f, "ranks_1", &more);
     check(t, more.starts == 2, "2 ranks after 1: two starts, found %d", more.starts);
