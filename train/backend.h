@@ -84,4 +84,11 @@ typedef struct Backend {
  * it. */
 bool backend_cpu_open(Backend *, const BackendSpec *, const Ranks *ranks, FoxError *);
 
+#ifdef FOX_CUDA
+/* The same on the first GPU (bf16, float32 master weights). */
+bool backend_cuda_open(Backend *, const BackendSpec *, const Ranks *ranks, FoxError *);
+/* True where a GPU can be used; otherwise `why` says what is missing. */
+bool backend_cuda_available(char why[256]);
+#endif
+
 #endif

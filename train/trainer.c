@@ -82,9 +82,6 @@ static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
     if (preset == NULL && !is_directory(o->model)) {
         return fox_fail(err, "-e %s: neither a preset (--help lists them) nor a checkpoint folder", o->model);
     }
-    if (o->device == DEVICE_CUDA) {
-        return fox_fail(err, "--device cuda: this program is built without CUDA; use --device cpu or auto");
-    }
     // How much is validated must not change with the number of ranks, so it is counted in micro-batches of one rank.
     Options alone = *o;
     if (!options_resolve(&alone, preset, 1, err) || !options_resolve(o, preset, t->ranks.size, err)) {
@@ -306,6 +303,25 @@ static bool fill_backend(Trainer *t, FoxError *err) {
     return true;
 }
 
+/* Opens the back end that --device asks for; "auto" takes a GPU where there is one, and says so where there is none. */
+static bool open_device(Trainer *t, const BackendSpec *spec, FoxError *err) {
+    const Options *o = &t->options;
+#ifdef FOX_CUDA
+    char why[256];
+    if (o->device == DEVICE_CUDA || (o->device == DEVICE_AUTO && backend_cuda_available(why))) {
+        return backend_cuda_open(&t->backend, spec, &t->ranks, err);
+    }
+    if (o->device == DEVICE_AUTO) {
+        metrics_say(&t->metrics, "no GPU can be used (%s): computing on the CPU", why);
+    }
+#else
+    if (o->device == DEVICE_CUDA) {
+        return fox_fail(err, "--device cuda: this program is built without CUDA; use --device cpu or auto");
+    }
+#endif
+    return backend_cpu_open(&t->backend, spec, &t->ranks, err);
+}
+
 bool trainer_open_backend(Trainer *t, FoxError *err) {
     const Options *o = &t->options;
     BackendSpec spec;
@@ -317,7 +333,7 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     spec.log_tolerance = (float)o->log_tolerance;
     spec.recompute = (int)o->recompute;
     spec.deterministic = o->deterministic;
-    if (!everyone(t, backend_cpu_open(&t->backend, &spec, &t->ranks, err), err)) {
+    if (!everyone(t, open_device(t, &spec, err), err)) {
         return false;
     }
     if (t->ranks.rank == 0) {

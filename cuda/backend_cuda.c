@@ -1,0 +1,719 @@
+/* The model on one GPU: the calls of fox_layers.h in the same order, on the kernels of cuda/launchers.h.
+ *
+ * All device memory is one block, laid out once (cuda_layout) and reported by purpose before it is taken. What a layer
+ * keeps from forward to backward depends on the recompute level:
+ *     0  everything
+ *     1  not what is cheap to make again: the normed inputs, q k v, the gated output, the SwiGLU output
+ *     2  only the residual stream before the layer
+ * What is not kept lives in buffers that all layers share and is made again in backward. */
+#include "matmul.h"
+
+enum { HEAD_ROWS = 4096 }; /* rows of logits in memory at a time */
+enum { PADDING = 64 };     /* columns of packed and logit rows, and rows of lm_head, are a multiple of this */
+
+/* One layer's activations; N = B*T tokens. */
+typedef struct CudaActs {
+    float *x, *rstd1, *x2, *rstd2;           /* [N, d], [N]: residual stream before attention and before the MLP */
+    bf16 *h1, *packed, *q, *k, *v, *o, *o_gated, *h2, *gate_up, *act;
+    float *q_rstd, *k_rstd, *lse, *o_rstd; /* [N, H] */
+    void *saved;                           /* of attention */
+} CudaActs;
+
+/* Gradients of one layer's activations, and what passes between layers. */
+typedef struct CudaScratch {
+    bf16 *branch;                       /* [N, d], output of o_proj or down_proj before it joins the residual stream */
+    float *dx;                          /* [N, d] */
+    bf16 *dx_bf16, *dh, *dq, *dk, *dv;  /* [N, d] */
+    bf16 *d_o, *dout;                   /* [N, d] */
+    bf16 *dpacked, *dgate_up, *dact;    /* [N, row], [N, 2F], [N, F] */
+    float *log_f, *dlog_f;              /* [N, H] */
+    float *norm, *qkv;                  /* partial sums of weight gradients */
+    int32_t *embedding;
+    double *squares;
+    void *attention, *matmul;
+} CudaScratch;
+
+typedef struct CudaBackend {
+    const Ranks *ranks;
+    cudaStream_t stream;
+    cudaEvent_t tokens_sent;
+    char device[256];
+    size_t free_bytes;
+    Matmul matmul;
+    PackedLayout packed;
+    AcpShape attention;
+    int padded_vocab;
+
+    void *memory;                                     /* everything below, on the device */
+    float *params, *grads, *adam_m, *adam_v;          /* flat, float32 */
+    bf16 *params_bf16;                                /* flat */
+    AdamWRange *ranges;                               /* [tensors] */
+    CudaActs *acts;                                   /* [L], on the host; the pointers are the device's */
+    CudaScratch scratch;
+    float *x_final, *rstd_final;                      /* [N, d], [N] */
+    bf16 *h_final, *dh_final, *logits;                /* [N, d], [N, d], [HEAD_ROWS, padded V] */
+    float *losses;                                    /* [N] */
+    int32_t *tokens, *targets;                        /* [N] */
+    unsigned long long *skipped, *total;              /* [L, H] */
+    DeviceStats *stats;
+
+    int32_t *pinned;                                  /* [2, N], host */
+    double loss_scale;                                /* from the sum of losses to the step's mean */
+    int32_t *prefix;                                  /* tokens being decoded, host */
+    int prefix_length, prefix_limit;
+} CudaBackend;
+
+#define CUDA(call) check_cuda((call), #call)
+static void check_cuda(cudaError_t status, const char *call) {
+    if (status != cudaSuccess) {
+        fox_die("%s: %s", call, cudaGetErrorString(status));
+    }
+}
+
+static CudaBackend *cuda(Backend *b) {
+    return (CudaBackend *)b->self;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Memory                                                                                                              */
+
+/* Bytes by purpose, in the order of the report. */
+typedef enum Purpose {
+    FOR_PARAMETERS,
+    FOR_MASTER,
+    FOR_GRADIENTS,
+    FOR_ADAM,
+    FOR_RESIDUAL,
+    FOR_ATTENTION,
+    FOR_MLP,
+    FOR_SHARED,
+    FOR_LOGITS,
+    FOR_WORKSPACE,
+    PURPOSES
+} Purpose;
+
+static const char *const purpose_names[PURPOSES] = {
+    "parameters (bf16)",     "master weights",  "gradients",         "Adam moments", "residual stream", "attention activations",
+    "MLP activations", "shared activations and their gradients", "logits",       "workspace",
+};
+
+/* The block of memory while it is laid out; base NULL only counts. */
+typedef struct Arena {
+    char *base;
+    int64_t used, by_purpose[PURPOSES];
+} Arena;
+
+static void *take(Arena *a, Purpose purpose, int64_t bytes) {
+    char *p = a->base == NULL ? NULL : a->base + a->used;
+    bytes = (bytes + 255) / 256 * 256;
+    a->used += bytes;
+    a->by_purpose[purpose] += bytes;
+    return p;
+}
+
+static PackedLayout packed_layout(const FoxConfig *c) {
+    PackedLayout p;
+    int d = c->hidden_size, H = c->num_heads, at = 3 * d;
+    p.q = 0;
+    p.k = d;
+    p.v = 2 * d;
+    p.ogate = c->use_output_gate ? at : -1;
+    at += c->use_output_gate ? d : 0;
+    p.k_shift = c->use_k_shift ? at : -1;
+    at += c->use_k_shift ? H : 0;
+    p.v_shift = c->use_v_shift ? at : -1;
+    at += c->use_v_shift ? H : 0;
+    p.fgate = c->use_forget_gate ? at : -1;
+    at += c->use_forget_gate ? H : 0;
+    p.columns = at;
+    p.row = (at + PADDING - 1) / PADDING * PADDING;
+    return p;
+}
+
+/* Takes what layer l keeps; with l < 0 the buffers that layers share. `level` is the recompute level at which a buffer
+ * stops being kept. */
+static void layer_layout(const BackendSpec *spec, const CudaBackend *s, Arena *a, CudaActs *acts, bool shared) {
+    const FoxConfig *c = &spec->config;
+    int64_t N = (int64_t)spec->B * spec->T, d = c->hidden_size, H = c->num_heads, F = c->intermediate_size;
+#define TAKE(member, level, purpose, bytes)                                             \
+    if ((spec->recompute >= (level)) == shared) {                                       \
+        *(void **)&acts->member = take(a, shared ? FOR_SHARED : (purpose), (bytes));    \
+    }
+    TAKE(x, 3, FOR_RESIDUAL, 4 * N * d)
+    TAKE(x2, 2, FOR_RESIDUAL, 4 * N * d)
+    TAKE(rstd1, 2, FOR_RESIDUAL, 4 * N)
+    TAKE(rstd2, 2, FOR_RESIDUAL, 4 * N)
+    TAKE(h1, 1, FOR_ATTENTION, 2 * N * d)
+    TAKE(packed, 2, FOR_ATTENTION, 2 * N * s->packed.row)
+    TAKE(q, 1, FOR_ATTENTION, 2 * N * d)
+    TAKE(k, 1, FOR_ATTENTION, 2 * N * d)
+    TAKE(v, 1, FOR_ATTENTION, 2 * N * d)
+    TAKE(q_rstd, 2, FOR_ATTENTION, 4 * N * H)
+    TAKE(k_rstd, 2, FOR_ATTENTION, 4 * N * H)
+    TAKE(o, 2, FOR_ATTENTION, 2 * N * d)
+    TAKE(lse, 2, FOR_ATTENTION, 4 * N * H)
+    TAKE(saved, 2, FOR_ATTENTION, acp_saved_bytes(&s->attention))
+    TAKE(o_rstd, 2, FOR_ATTENTION, 4 * N * H)
+    TAKE(o_gated, 1, FOR_ATTENTION, 2 * N * d)
+    TAKE(h2, 1, FOR_MLP, 2 * N * d)
+    TAKE(gate_up, 2, FOR_MLP, 4 * N * F)
+    TAKE(act, 1, FOR_MLP, 2 * N * F)
+#undef TAKE
+}
+
+/* Lays out everything in `base` (NULL: only counts). */
+static Arena cuda_layout(const Backend *b, CudaBackend *s, char *base) {
+    const FoxConfig *c = &b->spec.config;
+    Arena a;
+    memset(&a, 0, sizeof a);
+    a.base = base;
+    int64_t N = (int64_t)b->spec.B * b->spec.T, d = c->hidden_size, H = c->num_heads, F = c->intermediate_size;
+    int64_t L = c->num_hidden_layers, extra = (s->padded_vocab - c->vocab_size) * d, flat = b->table.total + extra;
+    int64_t rows = fox_min64(N, HEAD_ROWS);
+    CudaScratch *z = &s->scratch;
+    CudaActs shared;
+    memset(&shared, 0, sizeof shared);
+
+    s->params_bf16 = (bf16 *)take(&a, FOR_PARAMETERS, 2 * flat);
+    s->params = (float *)take(&a, FOR_MASTER, 4 * flat);
+    s->grads = (float *)take(&a, FOR_GRADIENTS, 4 * flat);
+    s->adam_m = (float *)take(&a, FOR_ADAM, 4 * flat);
+    s->adam_v = (float *)take(&a, FOR_ADAM, 4 * flat);
+
+    layer_layout(&b->spec, s, &a, &shared, true);
+    for (int64_t l = 0; l < L; l++) {
+        s->acts[l] = shared;
+        layer_layout(&b->spec, s, &a, &s->acts[l], false);
+    }
+    s->x_final = (float *)take(&a, FOR_RESIDUAL, 4 * N * d);
+    s->rstd_final = (float *)take(&a, FOR_RESIDUAL, 4 * N);
+    s->h_final = (bf16 *)take(&a, FOR_RESIDUAL, 2 * N * d);
+
+    z->branch = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dx = (float *)take(&a, FOR_SHARED, 4 * N * d);
+    z->dx_bf16 = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dh = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dq = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dk = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dv = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->d_o = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dout = (bf16 *)take(&a, FOR_SHARED, 2 * N * d);
+    z->dpacked = (bf16 *)take(&a, FOR_SHARED, 2 * N * s->packed.row);
+    z->dgate_up = (bf16 *)take(&a, FOR_SHARED, 4 * N * F);
+    z->dact = (bf16 *)take(&a, FOR_SHARED, 2 * N * F);
+    z->log_f = (float *)take(&a, FOR_SHARED, 4 * N * H);
+    z->dlog_f = (float *)take(&a, FOR_SHARED, 4 * N * H);
+    s->dh_final = z->dh; /* the last norm's gradient is used up before the first layer's begins */
+
+    s->logits = (bf16 *)take(&a, FOR_LOGITS, 2 * rows * s->padded_vocab);
+    s->losses = (float *)take(&a, FOR_LOGITS, 4 * N);
+
+    z->norm = (float *)take(&a, FOR_WORKSPACE, 4 * cuda_norm_scratch((int)d));
+    z->qkv = (float *)take(&a, FOR_WORKSPACE, 4 * cuda_qkv_scratch(c));
+    z->embedding = (int32_t *)take(&a, FOR_WORKSPACE, 4 * cuda_embedding_scratch(N, c->vocab_size));
+    z->squares = (double *)take(&a, FOR_WORKSPACE, 8 * cuda_norm_squares_scratch());
+    z->attention = take(&a, FOR_WORKSPACE, acp_workspace_bytes(&s->attention));
+    z->matmul = take(&a, FOR_WORKSPACE, matmul_workspace_bytes());
+    s->ranges = (AdamWRange *)take(&a, FOR_WORKSPACE, (int64_t)sizeof(AdamWRange) * b->table.count);
+    s->tokens = (int32_t *)take(&a, FOR_WORKSPACE, 4 * N);
+    s->targets = (int32_t *)take(&a, FOR_WORKSPACE, 4 * N);
+    s->skipped = (unsigned long long *)take(&a, FOR_WORKSPACE, 8 * L * H);
+    s->total = (unsigned long long *)take(&a, FOR_WORKSPACE, 8 * L * H);
+    s->stats = (DeviceStats *)take(&a, FOR_WORKSPACE, (int64_t)sizeof(DeviceStats));
+    return a;
+}
+
+static int64_t cuda_memory(const Backend *b) {
+    return cuda_layout(b, cuda((Backend *)(uintptr_t)b), (char *)cuda((Backend *)(uintptr_t)b)->memory).used;
+}
+
+static void cuda_report(const Backend *b, FILE *out) {
+    CudaBackend *s = (CudaBackend *)b->self;
+    Arena a = cuda_layout(b, s, (char *)s->memory);
+    fprintf(out, "device              %s, bf16 with float32 master weights\n", s->device);
+    for (int i = 0; i < PURPOSES; i++) {
+        fprintf(out, "%9.1f MiB   %s\n", (double)a.by_purpose[i] / 0x1p20, purpose_names[i]);
+    }
+    fprintf(out, "%9.1f MiB   in all, of %.1f MiB free; %.2fM parameters, %d x %d tokens, recompute %d\n", (double)a.used / 0x1p20,
+            (double)s->free_bytes / 0x1p20, (double)b->table.parameters / 1e6, b->spec.B, b->spec.T, b->spec.recompute);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* The model                                                                                                           */
+
+/* Where a tensor lies in a flat buffer; NULL for a tensor the configuration has not. */
+static float *at(const Backend *b, float *flat, int tensor) {
+    return tensor < 0 ? NULL : flat + b->table.tensors[tensor].offset;
+}
+
+static bf16 *at_bf16(const Backend *b, bf16 *flat, int tensor) {
+    return flat + b->table.tensors[tensor].offset;
+}
+
+static MatmulShape product(MatmulKind kind, int64_t N, int64_t in, int64_t out, int64_t ldy) {
+    MatmulShape shape = {kind, N, in, out, ldy};
+    return shape;
+}
+
+/* y[N, out] = x[N, in] w^T for the weight tensor `w`, which may stand for the packed rows that begin with it. */
+static void linear(Backend *b, bf16 *y, const bf16 *x, int w, int64_t N, int64_t in, int64_t out, int64_t ldy) {
+    CudaBackend *s = cuda(b);
+    MatmulShape shape = product(MATMUL_FORWARD, N, in, out, ldy);
+    matmul(&s->matmul, &shape, y, x, at_bf16(b, s->params_bf16, w), s->stream);
+}
+
+/* dw += dy^T x, dx = dy w */
+static void linear_back(Backend *b, bf16 *dx, const bf16 *dy, const bf16 *x, int w, int64_t N, int64_t in, int64_t out,
+                        int64_t ldy) {
+    CudaBackend *s = cuda(b);
+    MatmulShape weight = product(MATMUL_BACKWARD_WEIGHT, N, in, out, ldy), input = product(MATMUL_BACKWARD_INPUT, N, in, out, ldy);
+    matmul(&s->matmul, &weight, at(b, s->grads, w), dy, x, s->stream);
+    matmul(&s->matmul, &input, dx, dy, at_bf16(b, s->params_bf16, w), s->stream);
+}
+
+/* The extent of one pass: training uses the whole of B and T, decoding one short sequence. */
+typedef struct Extent {
+    int B, T;
+    int64_t N;
+} Extent;
+
+static QkvWeights qkv_weights(const Backend *b, const FoxLayerIds *id) {
+    const CudaBackend *s = (const CudaBackend *)b->self;
+    QkvWeights w = {at(b, s->params, id->q_norm), at(b, s->params, id->k_norm), at(b, s->params, id->fgate_bias)};
+    return w;
+}
+
+static void norm_attention(Backend *b, int l, Extent e, const float *x, const bf16 *branch) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    cuda_residual_norm_forward(a->h1, a->rstd1, branch ? a->x : NULL, x, branch, at(b, s->params, b->table.layers[l].attn_norm), e.N,
+                               b->spec.config.hidden_size, (float)b->spec.config.norm_eps, s->stream);
+}
+
+static void shift_and_norm(Backend *b, int l, Extent e) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    QkvWeights w = qkv_weights(b, &b->table.layers[l]);
+    cuda_qkv_forward(a->q, a->k, a->v, a->q_rstd, a->k_rstd, s->scratch.log_f, a->packed, &s->packed, &w, &b->spec.config, e.B, e.T,
+                     s->stream);
+}
+
+static bool has_output_gate(const FoxConfig *c) {
+    return c->use_output_norm || c->use_output_gate;
+}
+
+/* What o_proj multiplies: the gated output, or o itself in models without gate and norm. */
+static bf16 *gated(const FoxConfig *c, const CudaActs *a) {
+    return has_output_gate(c) ? a->o_gated : a->o;
+}
+
+static void gate_output(Backend *b, int l, Extent e) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    const FoxConfig *c = &b->spec.config;
+    if (has_output_gate(c)) {
+        cuda_output_gate_forward(a->o_gated, a->o_rstd, a->o, a->packed, &s->packed,
+                                 at(b, s->params, b->table.layers[l].output_norm), e.N, c->num_heads, c->hidden_size / c->num_heads,
+                                 (float)c->norm_eps, s->stream);
+    }
+}
+
+static void norm_mlp(Backend *b, int l, Extent e, const float *x, const bf16 *branch) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    cuda_residual_norm_forward(a->h2, a->rstd2, branch ? a->x2 : NULL, x, branch, at(b, s->params, b->table.layers[l].mlp_norm), e.N,
+                               b->spec.config.hidden_size, (float)b->spec.config.norm_eps, s->stream);
+}
+
+/* From a->x (branch NULL), or from x + branch, which becomes a->x, to the output of the MLP in scratch.branch. */
+static void block_forward(Backend *b, int l, Extent e, const float *x, const bf16 *branch, bool count) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    const FoxConfig *c = &b->spec.config;
+    const FoxLayerIds *id = &b->table.layers[l];
+    int64_t d = c->hidden_size, F = c->intermediate_size, H = c->num_heads;
+    AcpShape shape = s->attention;
+    AcpCounts counts = {s->skipped + l * H, s->total + l * H};
+    shape.B = e.B;
+    shape.T = e.T;
+    norm_attention(b, l, e, x, branch);
+    linear(b, a->packed, a->h1, id->q, e.N, d, s->packed.columns, s->packed.row);
+    shift_and_norm(b, l, e);
+    acp_attention_forward(&shape, a->o, a->lse, a->saved, s->scratch.attention, count ? &counts : NULL, a->q, a->k, a->v, d,
+                          s->scratch.log_f, at(b, s->params, id->q_norm), at(b, s->params, id->k_norm), s->stream);
+    gate_output(b, l, e);
+    linear(b, s->scratch.branch, gated(c, a), id->o, e.N, d, d, d);
+    norm_mlp(b, l, e, a->x, s->scratch.branch);
+    linear(b, a->gate_up, a->h2, id->gate_up, e.N, d, 2 * F, 2 * F);
+    cuda_swiglu_forward(a->act, a->gate_up, e.N, (int)F, s->stream);
+    linear(b, s->scratch.branch, a->act, id->down, e.N, F, d, d);
+}
+
+/* Makes again what this recompute level did not keep. */
+static void recompute(Backend *b, int l, Extent e) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    if (b->spec.recompute == 2) {
+        block_forward(b, l, e, a->x, NULL, false);
+    } else if (b->spec.recompute == 1) {
+        norm_attention(b, l, e, a->x, NULL);
+        shift_and_norm(b, l, e);
+        gate_output(b, l, e);
+        norm_mlp(b, l, e, a->x2, NULL);
+        cuda_swiglu_forward(a->act, a->gate_up, e.N, b->spec.config.intermediate_size, s->stream);
+    }
+}
+
+/* scratch.dx and dx_bf16 hold the gradient of the block's output and leave with that of its input. */
+static void block_backward(Backend *b, int l, Extent e) {
+    CudaBackend *s = cuda(b);
+    CudaActs *a = &s->acts[l];
+    CudaScratch *z = &s->scratch;
+    const FoxConfig *c = &b->spec.config;
+    const FoxLayerIds *id = &b->table.layers[l];
+    int d = c->hidden_size, F = c->intermediate_size, H = c->num_heads;
+    QkvWeights w = qkv_weights(b, id);
+
+    linear_back(b, z->dact, z->dx_bf16, a->act, id->down, e.N, F, d, d);
+    cuda_swiglu_backward(z->dgate_up, z->dact, a->gate_up, e.N, F, s->stream);
+    linear_back(b, z->dh, z->dgate_up, a->h2, id->gate_up, e.N, d, 2 * F, 2 * F);
+    cuda_norm_backward(z->dx, z->dx_bf16, at(b, s->grads, id->mlp_norm), z->norm, z->dh, a->x2, a->rstd2,
+                       at(b, s->params, id->mlp_norm), e.N, d, s->stream);
+
+    bf16 *d_o = has_output_gate(c) ? z->dout : z->d_o;
+    linear_back(b, d_o, z->dx_bf16, gated(c, a), id->o, e.N, d, d, d);
+    if (has_output_gate(c)) {
+        cuda_output_gate_backward(z->d_o, z->dpacked, at(b, s->grads, id->output_norm), z->norm, z->dout, a->o, a->o_rstd, a->packed,
+                                  &s->packed, at(b, s->params, id->output_norm), e.N, H, d / H, s->stream);
+    }
+    acp_attention_backward(&s->attention, z->dq, z->dk, z->dv, z->dlog_f, a->saved, z->attention, z->d_o, a->q, a->k, a->v, d, a->o,
+                           a->lse, s->stream);
+    cuda_qkv_backward(z->dpacked, at(b, s->grads, id->q_norm), at(b, s->grads, id->k_norm), at(b, s->grads, id->fgate_bias), z->qkv,
+                      z->dq, z->dk, z->dv, z->dlog_f, a->packed, a->q_rstd, a->k_rstd, &s->packed, &w, c, e.B, e.T, s->stream);
+    linear_back(b, z->dh, z->dpacked, a->h1, id->q, e.N, d, s->packed.columns, s->packed.row);
+    cuda_norm_backward(z->dx, z->dx_bf16, at(b, s->grads, id->attn_norm), z->norm, z->dh, a->x, a->rstd1,
+                       at(b, s->params, id->attn_norm), e.N, d, s->stream);
+}
+
+/* tokens (device) -> h_final, all layers and the last norm. */
+static void body_forward(Backend *b, Extent e, const int32_t *tokens, bool count) {
+    CudaBackend *s = cuda(b);
+    int L = b->spec.config.num_hidden_layers, d = b->spec.config.hidden_size;
+    cuda_embedding_forward(s->acts[0].x, tokens, at(b, s->params, b->table.embeddings), e.N, d, s->stream);
+    for (int l = 0; l < L; l++) {
+        const float *x = l == 0 ? s->acts[0].x : s->acts[l - 1].x2;
+        block_forward(b, l, e, x, l == 0 ? NULL : s->scratch.branch, count);
+    }
+    cuda_residual_norm_forward(s->h_final, s->rstd_final, s->x_final, s->acts[L - 1].x2, s->scratch.branch,
+                               at(b, s->params, b->table.norm), e.N, d, (float)b->spec.config.norm_eps, s->stream);
+}
+
+/* Logits and losses, some rows at a time; where scale is not 0 also the gradients of lm_head and of h_final. */
+static void head(Backend *b, Extent e, float scale) {
+    CudaBackend *s = cuda(b);
+    int d = b->spec.config.hidden_size, V = b->spec.config.vocab_size;
+    for (int64_t n = 0; n < e.N; n += HEAD_ROWS) {
+        int64_t rows = fox_min64(e.N - n, HEAD_ROWS);
+        linear(b, s->logits, s->h_final + n * d, b->table.lm_head, rows, d, s->padded_vocab, s->padded_vocab);
+        cuda_cross_entropy(s->losses + n, scale != 0 ? &s->stats->loss : NULL, s->logits, s->targets + n, rows, V, s->padded_vocab,
+                           scale, s->stream);
+        if (scale != 0) {
+            linear_back(b, s->dh_final + n * d, s->logits, s->h_final + n * d, b->table.lm_head, rows, d, s->padded_vocab,
+                        s->padded_vocab);
+        }
+    }
+}
+
+/* Sends a batch through pinned memory, so that the host may reuse its own arrays at once. */
+static void send_tokens(Backend *b, const int32_t *tokens, const int32_t *targets) {
+    CudaBackend *s = cuda(b);
+    size_t N = (size_t)b->spec.B * (size_t)b->spec.T, bytes = sizeof(int32_t) * N;
+    CUDA(cudaEventSynchronize(s->tokens_sent));
+    memcpy(s->pinned, tokens, bytes);
+    memcpy(s->pinned + N, targets, bytes);
+    CUDA(cudaMemcpyAsync(s->tokens, s->pinned, bytes, cudaMemcpyHostToDevice, s->stream));
+    CUDA(cudaMemcpyAsync(s->targets, s->pinned + N, bytes, cudaMemcpyHostToDevice, s->stream));
+    CUDA(cudaEventRecord(s->tokens_sent, s->stream));
+}
+
+static Extent whole(const Backend *b) {
+    Extent e = {b->spec.B, b->spec.T, (int64_t)b->spec.B * b->spec.T};
+    return e;
+}
+
+static void forward_backward_on_device(Backend *b, float scale) {
+    CudaBackend *s = cuda(b);
+    Extent e = whole(b);
+    int L = b->spec.config.num_hidden_layers, d = b->spec.config.hidden_size;
+    body_forward(b, e, s->tokens, true);
+    head(b, e, scale);
+    CUDA(cudaMemsetAsync(s->scratch.dx, 0, sizeof(float) * (size_t)e.N * (size_t)d, s->stream));
+    cuda_norm_backward(s->scratch.dx, s->scratch.dx_bf16, at(b, s->grads, b->table.norm), s->scratch.norm, s->dh_final, s->x_final,
+                       s->rstd_final, at(b, s->params, b->table.norm), e.N, d, s->stream);
+    for (int l = L - 1; l >= 0; l--) {
+        recompute(b, l, e);
+        block_backward(b, l, e);
+    }
+    cuda_embedding_backward(at(b, s->grads, b->table.embeddings), s->scratch.dx, s->tokens, s->scratch.embedding, e.N, d,
+                            b->spec.config.vocab_size, s->stream);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* The interface                                                                                                       */
+
+static float *cuda_buffer(Backend *b, FoxBuffer buffer) {
+    CudaBackend *s = cuda(b);
+    float *const buffers[] = {s->params, s->grads, s->adam_m, s->adam_v};
+    return buffers[buffer];
+}
+
+static void cuda_read(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *host) {
+    CudaBackend *s = cuda(b);
+    CUDA(cudaMemcpyAsync(host, cuda_buffer(b, buffer) + start, sizeof(float) * (size_t)count, cudaMemcpyDeviceToHost, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+}
+
+static void cuda_write(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, const float *host) {
+    CudaBackend *s = cuda(b);
+    float *device = cuda_buffer(b, buffer) + start;
+    CUDA(cudaMemcpyAsync(device, host, sizeof(float) * (size_t)count, cudaMemcpyHostToDevice, s->stream));
+    if (buffer == FOX_PARAMS) {
+        cuda_to_bf16(s->params_bf16 + start, device, count, s->stream);
+    }
+    CUDA(cudaStreamSynchronize(s->stream));
+}
+
+static void cuda_forward_backward(Backend *b, const int32_t *tokens, const int32_t *targets, double scale) {
+    CudaBackend *s = cuda(b);
+    s->loss_scale = scale / (double)whole(b).N;
+    send_tokens(b, tokens, targets);
+    forward_backward_on_device(b, (float)s->loss_scale);
+}
+
+static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
+    CudaBackend *s = cuda(b);
+    DeviceStats device;
+    cuda_gradient_norm(s->stats, s->scratch.squares, s->grads, b->table.total, adamw->grad_clip, s->stream);
+    cuda_adamw(s->params, s->params_bf16, s->adam_m, s->adam_v, s->grads, s->ranges, b->table.count, b->table.total, adamw, s->stats,
+               s->stream);
+    CUDA(cudaMemcpyAsync(&device, s->stats, sizeof device, cudaMemcpyDeviceToHost, s->stream));
+    CUDA(cudaMemsetAsync(s->stats, 0, sizeof device, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+    stats->loss = device.loss * s->loss_scale;
+    stats->grad_norm = device.grad_norm;
+    stats->applied = device.applied != 0;
+}
+
+static void cuda_evaluate(Backend *b, const int32_t *tokens, const int32_t *targets, float *losses) {
+    CudaBackend *s = cuda(b);
+    Extent e = whole(b);
+    send_tokens(b, tokens, targets);
+    body_forward(b, e, s->tokens, true);
+    head(b, e, 0);
+    CUDA(cudaMemcpyAsync(losses, s->losses, sizeof(float) * (size_t)e.N, cudaMemcpyDeviceToHost, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+}
+
+static void cuda_pruning(Backend *b, double *skipped, double *total) {
+    CudaBackend *s = cuda(b);
+    int cells = b->spec.config.num_hidden_layers * b->spec.config.num_heads;
+    size_t bytes = sizeof(unsigned long long) * (size_t)cells;
+    unsigned long long *counts = FOX_NEW(unsigned long long, 2 * cells);
+    CUDA(cudaMemcpyAsync(counts, s->skipped, bytes, cudaMemcpyDeviceToHost, s->stream));
+    CUDA(cudaMemcpyAsync(counts + cells, s->total, bytes, cudaMemcpyDeviceToHost, s->stream));
+    CUDA(cudaMemsetAsync(s->skipped, 0, bytes, s->stream));
+    CUDA(cudaMemsetAsync(s->total, 0, bytes, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+    for (int i = 0; i < cells; i++) {
+        skipped[i] = (double)counts[i];
+        total[i] = (double)counts[cells + i];
+    }
+    free(counts);
+}
+
+/* Decoding runs the forward pass over the text so far: on a GPU that costs a few milliseconds a token and needs no second
+ * set of kernels. Beyond B*T tokens only the newest are looked at. */
+static void cuda_decode_begin(Backend *b, int max_tokens) {
+    CudaBackend *s = cuda(b);
+    s->prefix = FOX_NEW(int32_t, max_tokens + PADDING);
+    s->prefix_length = 0;
+    s->prefix_limit = max_tokens;
+}
+
+static void cuda_decode(Backend *b, int32_t token, float *logits) {
+    CudaBackend *s = cuda(b);
+    int V = b->spec.config.vocab_size, d = b->spec.config.hidden_size;
+    int room = (int)whole(b).N, start = 0;
+    if (s->prefix_length == s->prefix_limit) {
+        fox_die("decoding more tokens than decode_begin was told");
+    }
+    s->prefix[s->prefix_length++] = token;
+    start = s->prefix_length > room ? s->prefix_length - room : 0;
+    int length = s->prefix_length - start;
+    /* Few different lengths, so that few products need planning; what comes after the last token changes nothing before. */
+    int T = (int)fox_min64((length + PADDING - 1) / PADDING * PADDING, room);
+    Extent e = {1, T, T};
+    uint16_t *row = FOX_NEW(uint16_t, V);
+    CUDA(cudaMemcpyAsync(s->tokens, s->prefix + start, sizeof(int32_t) * (size_t)T, cudaMemcpyHostToDevice, s->stream));
+    body_forward(b, e, s->tokens, false);
+    linear(b, s->logits, s->h_final + (int64_t)(length - 1) * d, b->table.lm_head, 1, d, s->padded_vocab, s->padded_vocab);
+    CUDA(cudaMemcpyAsync(row, s->logits, sizeof(uint16_t) * (size_t)V, cudaMemcpyDeviceToHost, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+    for (int v = 0; v < V; v++) {
+        uint32_t bits = (uint32_t)row[v] << 16;
+        memcpy(&logits[v], &bits, sizeof bits);
+    }
+    free(row);
+}
+
+static void cuda_decode_end(Backend *b) {
+    free(cuda(b)->prefix);
+    cuda(b)->prefix = NULL;
+}
+
+/* Chooses the algorithm of every product of a step, on the real buffers; then they are zeroed again. */
+static void plan_products(Backend *b) {
+    CudaBackend *s = cuda(b);
+    const FoxConfig *c = &b->spec.config;
+    const FoxLayerIds *id = &b->table.layers[0];
+    const CudaActs *a = &s->acts[0];
+    CudaScratch *z = &s->scratch;
+    int64_t N = whole(b).N, d = c->hidden_size, F = c->intermediate_size, rows = fox_min64(N, HEAD_ROWS), V = s->padded_vocab;
+    struct {
+        int weight;
+        int64_t rows, in, out, ldy;
+        bf16 *x, *y, *dx;
+    } layers[] = {
+        {id->q, N, d, s->packed.columns, s->packed.row, a->h1, z->dpacked, z->dh},
+        {id->o, N, d, d, d, a->h2, z->branch, z->dh},
+        {id->gate_up, N, d, 2 * F, 2 * F, a->h2, z->dgate_up, z->dh},
+        {id->down, N, F, d, d, a->act, z->branch, z->dact},
+        {b->table.lm_head, rows, d, V, V, s->h_final, s->logits, z->dh},
+    };
+    for (size_t i = 0; i < sizeof layers / sizeof layers[0]; i++) {
+        const bf16 *w = at_bf16(b, s->params_bf16, layers[i].weight);
+        for (int kind = MATMUL_FORWARD; kind <= MATMUL_BACKWARD_WEIGHT; kind++) {
+            MatmulShape shape = product((MatmulKind)kind, layers[i].rows, layers[i].in, layers[i].out, layers[i].ldy);
+            void *result = kind == MATMUL_FORWARD ? (void *)layers[i].y
+                           : kind == MATMUL_BACKWARD_INPUT ? (void *)layers[i].dx
+                                                           : (void *)at(b, s->grads, layers[i].weight);
+            const bf16 *left = kind == MATMUL_FORWARD ? layers[i].x : layers[i].y;
+            const bf16 *right = kind == MATMUL_BACKWARD_WEIGHT ? layers[i].x : w;
+            matmul_plan(&s->matmul, &shape, result, left, right, s->stream);
+        }
+    }
+}
+
+static bool cuda_allocate(Backend *b, FoxError *err) {
+    CudaBackend *s = cuda(b);
+    int64_t bytes = cuda_layout(b, s, NULL).used, N = whole(b).N;
+    cudaError_t status = cudaMalloc(&s->memory, (size_t)bytes);
+    if (status != cudaSuccess) {
+        return fox_fail(err, "the model needs %.1f GiB of GPU memory, %.1f are free (%s); lower -b (micro-batch) or -T (context), or "
+                        "set -r 1 or -r 2 (recompute)", (double)bytes / 0x1p30, (double)s->free_bytes / 0x1p30,
+                        cudaGetErrorString(status));
+    }
+    cuda_layout(b, s, (char *)s->memory);
+    CUDA(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
+    CUDA(cudaMallocHost((void **)&s->pinned, sizeof(int32_t) * 2 * (size_t)N));
+    matmul_create(&s->matmul, s->scratch.matmul, b->spec.deterministic);
+    plan_products(b);
+    CUDA(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
+
+    AdamWRange *ranges = FOX_NEW(AdamWRange, b->table.count);
+    for (int i = 0; i < b->table.count; i++) {
+        const FoxTensor *tensor = &b->table.tensors[i];
+        ranges[i].start = tensor->offset;
+        ranges[i].size = tensor->size;
+        ranges[i].decay = tensor->decay ? 1 : 0;
+    }
+    CUDA(cudaMemcpyAsync(s->ranges, ranges, sizeof(AdamWRange) * (size_t)b->table.count, cudaMemcpyHostToDevice, s->stream));
+    CUDA(cudaStreamSynchronize(s->stream));
+    free(ranges);
+    return true;
+}
+
+static void cuda_free(Backend *b) {
+    CudaBackend *s = cuda(b);
+    matmul_free(&s->matmul);
+    cudaFree(s->memory);
+    cudaFreeHost(s->pinned);
+    cudaEventDestroy(s->tokens_sent);
+    cudaStreamDestroy(s->stream);
+    free(s->prefix);
+    free(s->acts);
+    free(s);
+    fox_table_free(&b->table);
+    memset(b, 0, sizeof *b);
+}
+
+bool backend_cuda_available(char why[256]) {
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count == 0) {
+        snprintf(why, 256, "%s", status != cudaSuccess ? cudaGetErrorString(status) : "no GPU");
+        return false;
+    }
+    return true;
+}
+
+bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, FoxError *err) {
+    struct cudaDeviceProp device;
+    size_t total;
+    char why[256];
+    int head_width = spec->config.hidden_size / spec->config.num_heads;
+    if (!fox_config_check(&spec->config, err)) {
+        return false;
+    }
+    if (!backend_cuda_available(why)) {
+        return fox_fail(err, "--device cuda: %s; use --device cpu", why);
+    }
+    if (ranks->size > 1) {
+        return fox_fail(err, "several ranks on GPUs are not in this version; start one process, or use --device cpu");
+    }
+    if (head_width != 64 && head_width != 128) {
+        return fox_fail(err, "the GPU kernels know heads of 64 and 128 values, this model has %d; use --device cpu", head_width);
+    }
+    CUDA(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8) {
+        return fox_fail(err, "%s has compute capability %d.%d; 8.0 or newer is needed; use --device cpu", device.name, device.major,
+                        device.minor);
+    }
+    memset(b, 0, sizeof *b);
+    b->name = "cuda";
+    b->spec = *spec;
+    b->table = fox_table_create(&spec->config);
+    b->report = cuda_report;
+    b->allocate = cuda_allocate;
+    b->memory = cuda_memory;
+    b->read = cuda_read;
+    b->write = cuda_write;
+    b->forward_backward = cuda_forward_backward;
+    b->update = cuda_update;
+    b->evaluate = cuda_evaluate;
+    b->pruning = cuda_pruning;
+    b->decode_begin = cuda_decode_begin;
+    b->decode = cuda_decode;
+    b->decode_end = cuda_decode_end;
+    b->free = cuda_free;
+
+    CudaBackend *s = FOX_NEW(CudaBackend, 1);
+    b->self = s;
+    s->ranks = ranks;
+    snprintf(s->device, sizeof s->device, "%s", device.name);
+    CUDA(cudaMemGetInfo(&s->free_bytes, &total));
+    CUDA(cudaStreamCreate(&s->stream));
+    CUDA(cudaEventCreateWithFlags(&s->tokens_sent, cudaEventDisableTiming));
+    s->packed = packed_layout(&spec->config);
+    s->padded_vocab = (spec->config.vocab_size + PADDING - 1) / PADDING * PADDING;
+    s->acts = FOX_NEW(CudaActs, spec->config.num_hidden_layers);
+    s->attention.B = spec->B;
+    s->attention.T = spec->T;
+    s->attention.H = spec->config.num_heads;
+    s->attention.D = head_width;
+    s->attention.mode = spec->config.use_forget_gate ? spec->acp : ACP_OFF;
+    s->attention.log_tolerance = (double)spec->log_tolerance;
+    s->attention.deterministic = spec->deterministic;
+    s->attention.shared_norm = spec->config.qk_norm_share_param_across_head;
+    return true;
+}
