@@ -11,8 +11,8 @@
 
 #include "tests/test_acp.h"
 #include "tests/test_checker.h"
+#include "tests/test_checkpoint.h"
 #include "tests/test_data.h"
-#include "tests/test_files.h"
 #include "tests/test_fixtures.h"
 #include "tests/test_layers.h"
 #include "tests/test_options.h"
@@ -27,9 +27,9 @@ typedef struct TestGroup {
 } TestGroup;
 
 static const TestGroup groups[] = {
-    {"checker", test_checker}, {"layers", test_layers},   {"fixtures", test_fixtures}, {"acp", test_acp},
-    {"data", test_data},       {"options", test_options}, {"files", test_files},       {"tokenizer", test_tokenizer},
-    {"sampler", test_sampler}, {"runs", test_runs},
+    {"checker", test_checker},     {"layers", test_layers},       {"fixtures", test_fixtures}, {"acp", test_acp},
+    {"data", test_data},           {"options", test_options},     {"files", test_files},       {"checkpoint", test_checkpoint},
+    {"tokenizer", test_tokenizer}, {"sampler", test_sampler},     {"runs", test_runs},
 };
 
 static int usage(const char *problem) {
