@@ -1,0 +1,1316 @@
+/* Forgetting attention on the GPU, with Adaptive Computation Pruning: thresholds, ranges, forward, backward, counts.
+ *
+ * For one head of one sequence, with s_ij = q_i.k_j / sqrt(D), cumulative log gates c (never increasing) and j <= i,
+ *
+ *     p_ij = exp(s_ij + c_i - c_j) / Z_i,      o_i = sum_j p_ij v_j,      lse_i = log Z_i.
+ *
+ * The T x T matrix is cut into blocks of 128 queries and 128 keys. Far from the diagonal the decay c_i - c_j has made
+ * every weight negligible; those blocks are never touched:
+ *
+ *     key block       0   1   2   3   4   5
+ *                   +---+---+---+---+---+---+     #  computed            \  on the diagonal: computed and masked,
+ *     query block 0 | \ |   |   |   |   |   |     .  pruned                  never pruned
+ *                 1 | # | \ |   |   |   |   |    (blank: above the causal edge, j > i)
+ *                 2 | . | # | \ |   |   |   |
+ *                 3 | . | . | # | \ |   |   |     pruned edge:  first[3] = 2, never decreasing from row to row
+ *                 4 | . | . | # | # | \ |   |     the same edge seen from the keys: last[2] = 4
+ *                 5 | . | . | . | . | # | \ |
+ *                   +---+---+---+---+---+---+
+ *
+ *     acp_forward_kernel   one thread block per query block:  row from the diagonal leftwards to first[m]     O, lse
+ *     acp_dq_kernel        one thread block per query block:  row from the diagonal leftwards to first[m]     dQ, delta
+ *     acp_dkdv_kernel      one thread block per key block:    column from the diagonal down to last[n]        dK, dV, dc
+ *
+ * What is lost: for every row, sum over pruned j of p_ij <= eps = exp(log_tolerance), so an output changes by at most
+ * 2 eps max|v|. Two tests find the edge (cpu/acp.h is their reference in double precision, with proofs):
+ *     paper  block (m, n) is pruned when c_(first row of m) - c_(last key of n) < -2U - log T + log_tolerance,
+ *            U >= |s_ij|, from the QK-norm weights or measured;
+ *     tight  the longest prefix of key blocks whose summed mass, bounded block by block, stays below eps.
+ * The edge is found on the device before each forward pass; grids do not depend on it, so the host never waits.
+ *
+ * Decay in float32. c reaches 10^5 while c_i - c_j matters to 10^-4, so c itself is only ever held in double. In units of
+ * log 2, with the first row of every block as its base, a pair of blocks (m, n) sees
+ *     (c_i - c_j) log2(e) = -lift_i + (base_m - base_n) + lift_j,     lift_t = (c_(block start) - c_t) log2(e) >= 0:
+ * lift is a float vector, base a double per block, subtracted in double once per pair of blocks.
+ *
+ * Backward, with P rebuilt from lse and delta_i = dO_i.o_i:
+ *     dS = P (dO V^T - delta),   dV = P^T dO,   dQ = dS K / sqrt(D),   dK = dS^T Q / sqrt(D)
+ *     dc_t = sum_j dS[t, j] - sum_i dS[i, t],    d log f_t = sum_{i >= t} dc_i  (in double)
+ * On paper row sums of dS are zero, because delta_i = sum_j p_ij dP_ij. With O rounded to bf16 they are not, and the
+ * cumulative sum would spread that error over the whole sequence. acp_dq_kernel, which runs first, therefore corrects
+ * delta by the row sum it finds: for acp_dkdv_kernel, which rebuilds the same P and dP in float32, row sums are then zero
+ * to float32 rounding, and dc is minus the column sums.
+ *
+ * Tensor cores through mma.sync m16n8k16 (bf16 in, float32 out): sm_80 and newer. Everything is deterministic: no atomics
+ * but integer counts. A kernel for one architecture takes over in acp_run_forward or acp_run_backward; lift, base, first
+ * and last are made for it already. */
+#ifndef ACP_ATTENTION_CUH
+#define ACP_ATTENTION_CUH
+
+#include "cuda/common.cuh"
+
+enum {
+    ACP_BLOCK = 128, /* queries, and keys, in a block: the grain of pruning */
+    ACP_CHUNK = 2048, /* steps that one thread block of a scan covers: 256 threads, 8 each */
+};
+
+#define ACP_LOG2E 1.4426950408889634
+#define ACP_LN2 0.6931471805599453
+
+/* Under QK-norm |q| <= max|w| sqrt(D) before q is rounded to bf16, which adds at most 2^-8 of it (twice that, were it
+ * rounded twice); the same for k. */
+#define ACP_ROUNDING ((1.0 + 1.0 / 128) * (1.0 + 1.0 / 128))
+
+/* Kept from forward to backward. BH = B*H rows, `blocks` = ceil(T / 128), `padded` = 128 * blocks. */
+typedef struct AcpSaved {
+    double *c;    /* [BH, T], cumulative log gates */
+    double *base; /* [BH, blocks], log2(e) * c at the first row of each block */
+    float *lift;  /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
+    int *first;   /* [BH, blocks], first key block of each query block */
+    int *last;    /* [BH, blocks], last query block of each key block */
+} AcpSaved;
+
+/* Shared by all layers; forward and backward use different parts at different times. */
+typedef struct AcpWork {
+    double *chunk_sums; /* [BH, ceil(T / 2048)], of the scans */
+    float2 *norms;      /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
+    /* tight */
+    float4 *keys;     /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
+    float *key_sums;  /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
+    float *log_mass;  /* [BH, blocks], log of the decayed mass of all blocks before */
+    int *first_raw;   /* [BH, blocks], before the minimum over later blocks */
+    /* backward */
+    float2 *stats; /* [BH, padded], of each query: (-lift - lse) in units of log 2, and delta; (-inf, 0) beyond T */
+    float *dc;     /* [BH, padded], row sums of dS minus column sums */
+} AcpWork;
+
+static inline int acp_num_blocks(const AcpShape *s) {
+    return (s->T + ACP_BLOCK - 1) / ACP_BLOCK;
+}
+
+/* Takes `count` elements of `size` bytes from the memory at `start` (NULL: only measures), 256-byte aligned. */
+static inline void *acp_take(char *start, int64_t *used, int64_t count, size_t size) {
+    char *p = start == NULL ? NULL : start + *used;
+    *used += (count * (int64_t)size + 255) / 256 * 256;
+    return p;
+}
+
+static inline AcpSaved acp_saved(const AcpShape *shape, void *memory, int64_t *bytes) {
+    int64_t used = 0, BH = (int64_t)shape->B * shape->H, blocks = acp_num_blocks(shape);
+    char *start = (char *)memory;
+    AcpSaved s;
+    s.c = (double *)acp_take(start, &used, BH * shape->T, sizeof(double));
+    s.base = (double *)acp_take(start, &used, BH * blocks, sizeof(double));
+    s.lift = (float *)acp_take(start, &used, BH * blocks * ACP_BLOCK, sizeof(float));
+    s.first = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    s.last = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    *bytes = used;
+    return s;
+}
+
+static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *bytes) {
+    int64_t used = 0, BH = (int64_t)shape->B * shape->H, blocks = acp_num_blocks(shape), padded = blocks * ACP_BLOCK;
+    char *start = (char *)memory;
+    AcpWork w;
+    w.chunk_sums = (double *)acp_take(start, &used, BH * ((shape->T + ACP_CHUNK - 1) / ACP_CHUNK), sizeof(double));
+    int64_t common = used;
+    w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
+    w.keys = (float4 *)acp_take(start, &used, BH * blocks, sizeof(float4));
+    w.key_sums = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
+    w.log_mass = (float *)acp_take(start, &used, BH * blocks, sizeof(float));
+    w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    int64_t forward = used;
+    used = common; /* the backward pass no longer needs what found the ranges */
+    w.stats = (float2 *)acp_take(start, &used, BH * padded, sizeof(float2));
+    w.dc = (float *)acp_take(start, &used, BH * padded, sizeof(float));
+    *bytes = used > forward ? used : forward;
+    return w;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Cumulative sums in double, over few long rows: sums of chunks, then a scan of each chunk with the sum of those before. */
+
+/* Result of `combine` over threads 0..tid of a block of 256 (inclusive); scratch: 8 values. */
+template <typename Value, typename Combine>
+static __device__ __forceinline__ Value acp_block_scan(Value x, Value *scratch, Combine combine) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        Value before = __shfl_up_sync(0xffffffffu, x, step);
+        x = lane >= step ? combine(before, x) : x;
+    }
+    __syncthreads();
+    if (lane == 31) {
+        scratch[warp] = x;
+    }
+    __syncthreads();
+    if (warp > 0) {
+        Value before = scratch[0];
+        for (int w = 1; w < warp; w++) {
+            before = combine(before, scratch[w]);
+        }
+        x = combine(before, x);
+    }
+    return x;
+}
+
+struct AcpAdd {
+    __device__ double operator()(double a, double b) const {
+        return a + b;
+    }
+};
+
+struct AcpMin {
+    __device__ int operator()(int a, int b) const {
+        return a < b ? a : b;
+    }
+};
+
+/* What is summed: log f from the start (c), or dc from the end (d log f). */
+struct AcpScan {
+    int T, blocks;
+    const float *log_f, *dc;
+    double *chunk_sums;
+    AcpSaved saved;
+    float *dlog_f;
+};
+
+template <bool BACKWARD>
+static __device__ __forceinline__ double acp_scan_value(const AcpScan &s, int64_t bh, int e) {
+    if (e >= s.T) {
+        return 0;
+    }
+    if (!BACKWARD) {
+        return (double)s.log_f[bh * s.T + e];
+    }
+    return (double)s.dc[bh * s.blocks * ACP_BLOCK + s.T - 1 - e];
+}
+
+/* grid (chunks, BH), 256 threads */
+template <bool BACKWARD>
+static __global__ void acp_chunk_sums_kernel(AcpScan s) {
+    __shared__ double scratch[8];
+    double sum = 0;
+    for (int i = 0; i < 8; i++) {
+        sum += acp_scan_value<BACKWARD>(s, blockIdx.y, blockIdx.x * ACP_CHUNK + threadIdx.x * 8 + i);
+    }
+    sum = acp_block_scan(sum, scratch, AcpAdd());
+    if (threadIdx.x == 255) {
+        s.chunk_sums[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = sum;
+    }
+}
+
+/* grid (chunks, BH), 256 threads. Forward: c, base and lift. Backward: d log f. */
+template <bool BACKWARD>
+static __global__ void acp_scan_kernel(AcpScan s) {
+    __shared__ double scratch[8], starts[ACP_CHUNK / ACP_BLOCK];
+    int64_t bh = blockIdx.y;
+    int e0 = blockIdx.x * ACP_CHUNK + threadIdx.x * 8;
+    double value[8], before = 0, own = 0;
+    for (int i = 0; i < 8; i++) {
+        value[i] = acp_scan_value<BACKWARD>(s, bh, e0 + i);
+        own += value[i];
+    }
+    for (int chunk = 0; chunk < (int)blockIdx.x; chunk++) {
+        before += s.chunk_sums[bh * gridDim.x + chunk];
+    }
+    double sum = before + (acp_block_scan(own, scratch, AcpAdd()) - own);
+    for (int i = 0; i < 8; i++) {
+        sum += value[i];
+        value[i] = sum;
+    }
+    if (BACKWARD) {
+        for (int i = 0; i < 8; i++) {
+            if (e0 + i < s.T) {
+                s.dlog_f[bh * s.T + s.T - 1 - e0 - i] = (float)value[i];
+            }
+        }
+        return;
+    }
+    int block = threadIdx.x * 8 / ACP_BLOCK;
+    if (threadIdx.x * 8 % ACP_BLOCK == 0) {
+        starts[block] = value[0];
+        if (e0 < s.T) {
+            s.saved.base[bh * s.blocks + e0 / ACP_BLOCK] = value[0] * ACP_LOG2E;
+        }
+    }
+    __syncthreads();
+    for (int i = 0; i < 8; i++) {
+        int t = e0 + i;
+        if (t < s.T) {
+            s.saved.c[bh * s.T + t] = value[i];
+        }
+        if (t < s.blocks * ACP_BLOCK) {
+            s.saved.lift[bh * s.blocks * ACP_BLOCK + t] = t < s.T ? (float)((starts[block] - value[i]) * ACP_LOG2E) : 0.0f;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Ranges */
+
+/* q, k and v as attention reads them: row t of head h of sequence b starts at (b T + t) stride + h D. */
+struct AcpInputs {
+    const bf16 *q, *k, *v;
+    int64_t stride;
+    int T, H, blocks;
+};
+
+template <int D>
+static __device__ __forceinline__ int64_t acp_row(int64_t bh, int t, int T, int H, int64_t stride) {
+    return (bh / H * T + t) * stride + bh % H * D;
+}
+
+/* Sum over the D/8 neighbouring lanes that share a row. */
+template <int D>
+static __device__ __forceinline__ float acp_row_sum(float x) {
+#pragma unroll
+    for (int lanes = D / 16; lanes > 0; lanes /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float acp_dot8(const float a[8], const float b[8]) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        sum = fmaf(a[i], b[i], sum);
+    }
+    return sum;
+}
+
+/* Largest value of a block of 128 threads. */
+static __device__ __forceinline__ float acp_block_max(float x, float *scratch) {
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        scratch[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    return fmaxf(fmaxf(scratch[0], scratch[1]), fmaxf(scratch[2], scratch[3]));
+}
+
+/* Largest norms of each block. grid (blocks, BH), 128 threads; reads Q and K once. */
+template <int D>
+static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
+    __shared__ float scratch[4];
+    constexpr int LANES = D / 8, ROWS = 128 / LANES;
+    int64_t bh = blockIdx.y;
+    int column = threadIdx.x % LANES * 8;
+    float q2 = 0, k2 = 0;
+    for (int r = threadIdx.x / LANES; r < ACP_BLOCK; r += ROWS) {
+        int t = blockIdx.x * ACP_BLOCK + r;
+        float q[8] = {0}, k[8] = {0};
+        if (t < in.T) {
+            int64_t at = acp_row<D>(bh, t, in.T, in.H, in.stride) + column;
+            load8(q, in.q + at);
+            load8(k, in.k + at);
+        }
+        q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
+        k2 = fmaxf(k2, acp_row_sum<D>(acp_dot8(k, k)));
+    }
+    q2 = acp_block_max(q2, scratch);
+    k2 = acp_block_max(k2, scratch);
+    if (threadIdx.x == 0) {
+        norms[bh * in.blocks + blockIdx.x] = make_float2(sqrtf(q2), sqrtf(k2));
+    }
+}
+
+/* tight, what is known of each key block: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its largest norm, its
+ * decayed sum of keys. grid (blocks, BH), 128 threads; reads K once. */
+template <int D>
+static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work) {
+    __shared__ float weight[ACP_BLOCK], partial[128 * 8], scratch[4];
+    constexpr int LANES = D / 8, ROWS = 128 / LANES;
+    int64_t bh = blockIdx.y;
+    int n = blockIdx.x, start = n * ACP_BLOCK, last = min(start + ACP_BLOCK, in.T) - 1, tid = threadIdx.x;
+    const double *c = saved.c + bh * in.T;
+    weight[tid] = start + tid <= last ? expf((float)(c[last] - c[start + tid])) : 0.0f;
+    __syncthreads();
+    float sum[8] = {0}, k2 = 0;
+    for (int r = tid / LANES; r < ACP_BLOCK; r += ROWS) {
+        float k[8] = {0};
+        if (start + r <= last) {
+            load8(k, in.k + acp_row<D>(bh, start + r, in.T, in.H, in.stride) + tid % LANES * 8);
+        }
+        k2 = fmaxf(k2, acp_row_sum<D>(acp_dot8(k, k)));
+        for (int i = 0; i < 8; i++) {
+            sum[i] = fmaf(weight[r], k[i], sum[i]);
+        }
+    }
+    for (int i = 0; i < 8; i++) {
+        partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
+    }
+    k2 = acp_block_max(k2, scratch);
+    if (tid < D) {
+        float total = 0;
+        for (int g = 0; g < ROWS; g++) {
+            total += partial[g * D + tid];
+        }
+        work.key_sums[(bh * in.blocks + n) * D + tid] = total;
+    }
+    if (tid < 32) {
+        float mass = warp_sum(weight[tid] + weight[tid + 32] + weight[tid + 64] + weight[tid + 96]);
+        if (tid == 0) {
+            float decay = n > 0 ? expf((float)(c[last] - c[start - 1])) : 0.0f;
+            work.keys[bh * in.blocks + n] = make_float4(logf(mass), sqrtf(k2), mass, decay);
+        }
+    }
+}
+
+/* tight, the history before each block: log of the decayed mass of all earlier keys, and their mean, which replaces
+ * key_sums. grid (BH), D threads; one step per block, sixteen loads in flight. */
+static __global__ void acp_history_kernel(int blocks, int D, AcpWork work) {
+    int64_t at = (int64_t)blockIdx.x * blocks;
+    float mass = 0, sum = 0;
+    for (int n0 = 0; n0 < blocks; n0 += 16) {
+        float key_sum[16];
+        float4 key[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            int n = min(n0 + i, blocks - 1);
+            key_sum[i] = work.key_sums[(at + n) * D + threadIdx.x];
+            key[i] = work.keys[at + n];
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            if (n0 + i < blocks) {
+                work.key_sums[(at + n0 + i) * D + threadIdx.x] = mass > 0 ? sum / mass : 0.0f;
+                if (threadIdx.x == 0) {
+                    work.log_mass[at + n0 + i] = logf(mass);
+                }
+                mass = mass * key[i].w + key[i].z;
+                sum = sum * key[i].w + key_sum[i];
+            }
+        }
+    }
+}
+
+/* tight, the range of each query block. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its own
+ * key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i). Then whole key blocks are given
+ * up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once. */
+template <int D>
+static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float budget) {
+    __shared__ float mean[D], scratch[4];
+    constexpr int LANES = D / 8, ROWS = 128 / LANES;
+    const float scale = rsqrtf((float)D);
+    int64_t bh = blockIdx.y, at = bh * in.blocks;
+    int m = blockIdx.x, start = m * ACP_BLOCK, tid = threadIdx.x;
+    const double *c = saved.c + bh * in.T;
+    double C = c[start];
+    float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.log_mass[at + m];
+    if (tid < D) {
+        mean[tid] = work.key_sums[(at + m) * D + tid];
+    }
+    __syncthreads();
+    float rho = -INFINITY, q2 = 0;
+    for (int r = tid / LANES; r < ACP_BLOCK; r += ROWS) {
+        float q[8] = {0}, k[8] = {0};
+        int t = start + r;
+        if (t < in.T) {
+            int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
+            load8(q, in.q + row);
+            load8(k, in.k + row);
+        }
+        float own = scale * acp_row_sum<D>(acp_dot8(q, k));
+        float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
+        q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
+        if (t < in.T) {
+            float decay = (float)(c[t] - C), history = decay + gap + log_mass + past;
+            float high = fmaxf(own, history), low = fminf(own, history);
+            rho = fmaxf(rho, decay - (high + log1pf(expf(low - high))));
+        }
+    }
+    rho = acp_block_max(rho, scratch);
+    float norm = sqrtf(acp_block_max(q2, scratch));
+    if (tid >= 32) {
+        return;
+    }
+    float spent = 0;
+    int n = 0;
+    for (; n < m; n += 32) {
+        float mass = 0;
+        if (n + tid < m) {
+            float4 key = work.keys[at + n + tid];
+            mass = expf(rho + (float)(C - c[(n + tid + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y);
+        }
+        for (int step = 1; step < 32; step *= 2) {
+            float before = __shfl_up_sync(0xffffffffu, mass, step);
+            mass += tid >= step ? before : 0.0f;
+        }
+        unsigned over = __ballot_sync(0xffffffffu, !(spent + mass <= budget));
+        if (over != 0) {
+            n += __ffs((int)over) - 1;
+            break;
+        }
+        spent += __shfl_sync(0xffffffffu, mass, 31);
+    }
+    if (tid == 0) {
+        work.first_raw[at + m] = min(n, m);
+    }
+}
+
+struct AcpRanges {
+    AcpMode mode;
+    int T, H, D, blocks;
+    double log_tolerance;
+    const float *q_norm, *k_norm; /* NULL: work.norms */
+    bool shared_norm;
+    unsigned long long *skipped, *total; /* [H] or NULL */
+};
+
+/* first and last of one row, and its share of the counts. grid (BH), 256 threads; the threads take query blocks from the
+ * last to the first, so that the minimum over all later blocks is a scan over threads. */
+static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork work) {
+    __shared__ int scan[8], lowest;
+    __shared__ unsigned long long skipped;
+    __shared__ float bound[2];
+    int64_t bh = blockIdx.x;
+    int h = (int)(bh % r.H), tid = threadIdx.x, *first = saved.first + bh * r.blocks;
+    const double *c = saved.c + bh * r.T;
+    double delta = 0;
+    if (tid == 0) {
+        lowest = r.blocks;
+        skipped = 0;
+    }
+    if (r.mode == ACP_PAPER) {
+        if (tid < 32) {
+            float q = 0, k = 0;
+            int offset = r.shared_norm ? 0 : h * r.D;
+            for (int i = tid; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
+                float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
+                                               : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
+                q = fmaxf(q, norm.x);
+                k = fmaxf(k, norm.y);
+            }
+            q = warp_max(q);
+            k = warp_max(k);
+            if (tid == 0) {
+                bound[0] = q;
+                bound[1] = k;
+            }
+        }
+        __syncthreads();
+        double U = (double)bound[0] * (double)bound[1];
+        U *= r.q_norm != NULL ? sqrt((double)r.D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)r.D);
+        delta = -2.0 * U - log((double)r.T) + r.log_tolerance;
+    }
+    __syncthreads();
+    for (int end = r.blocks; end > 0; end -= 256) {
+        int m = end - 1 - tid, value = r.blocks;
+        if (m >= 0) {
+            int low = 0, high = r.mode == ACP_PAPER ? m : 0; /* first block not far enough behind */
+            while (low < high) {
+                int n = (low + high) / 2;
+                if (c[m * ACP_BLOCK] - c[(n + 1) * ACP_BLOCK - 1] < delta) {
+                    low = n + 1;
+                } else {
+                    high = n;
+                }
+            }
+            value = r.mode == ACP_TIGHT ? work.first_raw[bh * r.blocks + m] : low;
+        }
+        int later = lowest;
+        value = min(acp_block_scan(value, scan, AcpMin()), later);
+        if (m >= 0) {
+            first[m] = value;
+            atomicAdd(&skipped, (unsigned long long)value);
+        }
+        __syncthreads();
+        if (tid == 255) {
+            lowest = value;
+        }
+        __syncthreads();
+    }
+    for (int n = tid; n < r.blocks; n += 256) {
+        int low = n, high = r.blocks - 1; /* the last query block whose range begins at n or before; first[n] <= n */
+        while (low < high) {
+            int m = (low + high + 1) / 2;
+            if (first[m] <= n) {
+                low = m;
+            } else {
+                high = m - 1;
+            }
+        }
+        saved.last[bh * r.blocks + n] = low;
+    }
+    if (tid == 0 && r.skipped != NULL) {
+        atomicAdd(&r.skipped[h], skipped);
+        atomicAdd(&r.total[h], (unsigned long long)r.blocks * (unsigned long long)(r.blocks + 1) / 2);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Tiles in shared memory and products on tensor cores.
+ *
+ * A tile is [rows][D] bf16. The 16-byte pieces of a row are stored in the order piece ^ (row % 8), so that the eight rows
+ * that one ldmatrix reads lie in different banks. Fragments, with g = lane / 4 and p = lane % 4:
+ *     accumulator of m16n8:  elements 0, 1: row g, columns 2p, 2p + 1;  2, 3: row g + 8
+ *     A of m16k16:           four accumulator-like halves: two neighbouring accumulators, packed, are an A operand. */
+
+static __device__ __forceinline__ uint32_t acp_shared(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* 16 bytes, asynchronously; zeros where not valid. */
+static __device__ __forceinline__ void acp_copy16(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+/* All of this thread's copies so far have landed. */
+static __device__ __forceinline__ void acp_copies_done(void) {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+static __device__ __forceinline__ void acp_load_matrices(uint32_t r[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+static __device__ __forceinline__ void acp_load_transposed(uint32_t r[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+static __device__ __forceinline__ void acp_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+static __device__ __forceinline__ float acp_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ __forceinline__ uint32_t acp_pack(float low, float high) {
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&x);
+}
+
+/* ROWS rows of D values, `stride` apart, into a tile; rows from `valid` on become zero. */
+template <int D, int ROWS, int THREADS>
+static __device__ __forceinline__ void acp_load_tile(uint32_t tile, const bf16 *rows, int64_t stride, int valid) {
+    constexpr int PIECES = D / 8, STEP = THREADS / PIECES;
+    int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
+    const bf16 *from = rows + row * stride + piece * 8;
+    uint32_t to = tile + row * (2 * D) + ((piece ^ (row % 8)) << 4);
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; i++) {
+        bool inside = row + i * STEP < valid;
+        acp_copy16(to + i * STEP * 2 * D, inside ? from + i * STEP * stride : rows, inside);
+    }
+}
+
+/* COUNT floats, a multiple of 4. */
+template <int COUNT>
+static __device__ __forceinline__ void acp_load_floats(uint32_t to, const float *from) {
+    if (threadIdx.x < COUNT / 4) {
+        acp_copy16(to + threadIdx.x * 16, from + threadIdx.x * 4, true);
+    }
+}
+
+/* This lane's place in a 16 x 16 fragment for ldmatrix: of an A operand, or of a B operand stored [k][n] (transposed); and
+ * of a B operand stored [n][k]. Add the tile; go on by 16 columns with ^ 32, by 16 rows with + 16 * 2 D. */
+template <int D>
+static __device__ __forceinline__ uint32_t acp_lane_a(void) {
+    uint32_t lane = threadIdx.x % 32, row = lane % 16, piece = lane / 16;
+    return row * (2 * D) + ((piece ^ (row % 8)) << 4);
+}
+
+template <int D>
+static __device__ __forceinline__ uint32_t acp_lane_b(void) {
+    uint32_t lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, piece = lane / 8 % 2;
+    return row * (2 * D) + ((piece ^ (row % 8)) << 4);
+}
+
+template <int MT, int NT>
+static __device__ __forceinline__ void acp_zero(float acc[MT][NT][4]) {
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) {
+        acc[i / (4 * NT)][i / 4 % NT][i % 4] = 0;
+    }
+}
+
+/* The rows [16 MT, D] of a warp as an A operand, read where they are used, or once and kept in registers. */
+template <int D, int MT, bool KEEP>
+struct AcpRows {
+    uint32_t address;
+
+    __device__ __forceinline__ void init(uint32_t a) {
+        address = a;
+    }
+    __device__ __forceinline__ void get(uint32_t fragment[MT][4], int kk) {
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+            acp_load_matrices(fragment[mt], (address ^ (kk << 5)) + mt * 32 * D);
+        }
+    }
+};
+
+template <int D, int MT>
+struct AcpRows<D, MT, true> {
+    uint32_t kept[D / 16][MT][4];
+
+    __device__ __forceinline__ void init(uint32_t a) {
+#pragma unroll
+        for (int kk = 0; kk < D / 16; kk++) {
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                acp_load_matrices(kept[kk][mt], (a ^ (kk << 5)) + mt * 32 * D);
+            }
+        }
+    }
+    __device__ __forceinline__ void get(uint32_t fragment[MT][4], int kk) {
+#pragma unroll
+        for (int i = 0; i < MT * 4; i++) {
+            fragment[i / 4][i % 4] = kept[kk][i / 4][i % 4];
+        }
+    }
+};
+
+/* acc[16 MT, 8 NT] = A[16 MT, D] B[8 NT, D]^T */
+template <int D, int MT, int NT, typename Rows>
+static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Rows &a, uint32_t b) {
+    acp_zero<MT, NT>(acc);
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) {
+        uint32_t fa[MT][4], fb[4];
+        a.get(fa, kk);
+#pragma unroll
+        for (int np = 0; np < NT / 2; np++) {
+            acp_load_matrices(fb, (b ^ (kk << 5)) + np * 32 * D);
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                acp_mma(acc[mt][2 * np], fa[mt], fb[0], fb[1]);
+                acp_mma(acc[mt][2 * np + 1], fa[mt], fb[2], fb[3]);
+            }
+        }
+    }
+}
+
+/* acc[16 MT, D] += A[16 MT, 16 KS] B[16 KS, D], A from registers. */
+template <int D, int MT, int KS>
+static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], const uint32_t a[MT][KS][4], uint32_t b) {
+#pragma unroll
+    for (int ks = 0; ks < KS; ks++) {
+#pragma unroll
+        for (int np = 0; np < D / 16; np++) {
+            uint32_t fb[4];
+            acp_load_transposed(fb, (b ^ (np << 5)) + ks * 32 * D);
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                acp_mma(acc[mt][2 * np], a[mt][ks], fb[0], fb[1]);
+                acp_mma(acc[mt][2 * np + 1], a[mt][ks], fb[2], fb[3]);
+            }
+        }
+    }
+}
+
+/* Accumulators as the A operand of the next product. */
+template <int MT, int KS>
+static __device__ __forceinline__ void acp_pack_rows(uint32_t a[MT][KS][4], const float acc[MT][2 * KS][4]) {
+#pragma unroll
+    for (int i = 0; i < MT * KS; i++) {
+        int mt = i / KS, ks = i % KS;
+        a[mt][ks][0] = acp_pack(acc[mt][2 * ks][0], acc[mt][2 * ks][1]);
+        a[mt][ks][1] = acp_pack(acc[mt][2 * ks][2], acc[mt][2 * ks][3]);
+        a[mt][ks][2] = acp_pack(acc[mt][2 * ks + 1][0], acc[mt][2 * ks + 1][1]);
+        a[mt][ks][3] = acp_pack(acc[mt][2 * ks + 1][2], acc[mt][2 * ks + 1][3]);
+    }
+}
+
+/* Logits of pairs with key after query become -inf. row0, column0: the tile's place in the sequence; rows are queries, or
+ * keys (KEY_ROWS). */
+template <int MT, int NT, bool KEY_ROWS>
+static __device__ __forceinline__ void acp_mask(float acc[MT][NT][4], int row0, int column0) {
+    int row = row0 + threadIdx.x % 32 / 4, column = column0 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < MT * NT * 4; i++) {
+        int mt = i / (4 * NT), nt = i / 4 % NT, e = i % 4;
+        int r = row + mt * 16 + e / 2 * 8, s = column + nt * 8 + e % 2;
+        if (KEY_ROWS ? r > s : s > r) {
+            acc[mt][nt][e] = -INFINITY;
+        }
+    }
+}
+
+/* Writes a warp's rows, times scale[], as bf16: through the warp's own rows of a tile, so that global memory sees 16 bytes
+ * a lane. out: the first of these rows, `stride` apart; only `valid` rows exist. */
+template <int D, int MT>
+static __device__ __forceinline__ void acp_store_rows(const float acc[MT][D / 8][4], const float scale[MT][2], unsigned char *tile,
+                                                      int row0, bf16 *out, int64_t stride, int valid) {
+    int lane = threadIdx.x % 32, g = lane / 4;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < MT * (D / 8) * 2; i++) {
+        int mt = i / (D / 8 * 2), nt = i / 2 % (D / 8), half = i % 2, row = row0 + mt * 16 + half * 8 + g;
+        *reinterpret_cast<uint32_t *>(tile + row * (2 * D) + ((nt ^ (row % 8)) << 4) + lane % 4 * 4) =
+            acp_pack(acc[mt][nt][2 * half] * scale[mt][half], acc[mt][nt][2 * half + 1] * scale[mt][half]);
+    }
+    __syncwarp();
+    constexpr int PIECES = D / 8, STEP = 32 / PIECES;
+    int piece = lane % PIECES;
+#pragma unroll
+    for (int r = lane / PIECES; r < 16 * MT; r += STEP) {
+        int row = row0 + r;
+        if (r < valid) {
+            *reinterpret_cast<uint4 *>(out + r * stride + piece * 8) =
+                *reinterpret_cast<const uint4 *>(tile + row * (2 * D) + ((piece ^ (row % 8)) << 4));
+        }
+    }
+}
+
+static __device__ __forceinline__ float acp_quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+static __device__ __forceinline__ float acp_quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Forward */
+
+struct AcpForward {
+    AcpInputs in;
+    AcpSaved saved;
+    bf16 *o;
+    float *lse;
+};
+
+enum { ACP_KEYS = 64 }; /* keys per step of the forward kernel */
+
+template <int D>
+struct alignas(1024) AcpForwardShared {
+    unsigned char q[ACP_BLOCK * D * 2];
+    unsigned char k[2][ACP_KEYS * D * 2], v[2][ACP_KEYS * D * 2];
+    float lift[2][ACP_KEYS];
+};
+
+/* One query block; 4 warps with 32 rows each. Online softmax in units of log 2, relative to the block's base: with
+ * t_ij = s_ij log2(e) + lift_j and shift = base_m - base_n, the running maximum is that of t_ij + shift. A row's own decay
+ * -lift_i cancels; only lse needs it. From the diagonal leftwards, so that the maximum hardly changes after the start. */
+template <int D>
+static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    AcpForwardShared<D> &shared = *reinterpret_cast<AcpForwardShared<D> *>(memory);
+    constexpr int MT = 2, NT = ACP_KEYS / 8;
+    constexpr int TILE = ACP_KEYS * D * 2;
+    const AcpInputs &in = p.in;
+    const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
+    int heads = gridDim.x / in.blocks, m = in.blocks - 1 - blockIdx.x / heads; /* longest rows first */
+    int64_t bh = blockIdx.x % heads;
+    int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    int end = (min(in.T, q0 + ACP_BLOCK) - 1) / ACP_KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / ACP_KEYS);
+    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
+    const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
+    const double *base = p.saved.base + bh * in.blocks;
+    const double own_base = base[m];
+    uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
+
+    auto load = [&](int n) {
+        int stage = n % 2, j = n * ACP_KEYS;
+        acp_load_tile<D, ACP_KEYS, 128>(sk + stage * TILE, k + j * in.stride, in.stride, in.T - j);
+        acp_load_tile<D, ACP_KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
+        acp_load_floats<ACP_KEYS>(slift + stage * ACP_KEYS * 4, lift + j);
+    };
+    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride, in.T - q0);
+    load(end);
+    acp_copies_done();
+    __syncthreads();
+
+    AcpRows<D, MT, D == 64> q;
+    q.init(acp_shared(shared.q) + row0 * 2 * D + acp_lane_a<D>());
+    float o[MT][D / 8][4], high[MT][2], sum[MT][2];
+    acp_zero<MT, D / 8>(o);
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        high[i / 2][i % 2] = -INFINITY;
+        sum[i / 2][i % 2] = 0;
+    }
+    for (int n = end; n >= begin; n--) {
+        acp_copies_done();
+        __syncthreads();
+        if (n > begin) {
+            load(n - 1);
+        }
+        if (n * ACP_KEYS > q0 + row0 + 31) {
+            continue; /* all keys after all of this warp's queries */
+        }
+        int stage = n % 2;
+        float shift = (float)(own_base - base[n * ACP_KEYS / ACP_BLOCK]);
+        float s[MT][NT][4];
+        acp_product_abt<D, MT, NT>(s, q, sk + stage * TILE + acp_lane_b<D>());
+        if (n * ACP_KEYS + ACP_KEYS - 1 > q0 + row0) {
+            acp_mask<MT, NT, false>(s, q0 + row0, n * ACP_KEYS);
+        }
+        float top[MT][2];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+            float2 key = *reinterpret_cast<const float2 *>(&shared.lift[stage][nt * 8 + lane % 4 * 2]);
+#pragma unroll
+            for (int i = 0; i < MT * 2; i++) {
+                int mt = i / 2, half = i % 2;
+                float x = fmaf(s[mt][nt][2 * half], scale, key.x), y = fmaf(s[mt][nt][2 * half + 1], scale, key.y);
+                s[mt][nt][2 * half] = x;
+                s[mt][nt][2 * half + 1] = y;
+                top[mt][half] = nt == 0 ? fmaxf(x, y) : fmaxf(top[mt][half], fmaxf(x, y));
+            }
+        }
+        bool raised = false;
+#pragma unroll
+        for (int i = 0; i < MT * 2; i++) {
+            float reach = acp_quad_max(top[i / 2][i % 2]) + shift;
+            raised = raised || reach > high[i / 2][i % 2];
+            top[i / 2][i % 2] = fmaxf(high[i / 2][i % 2], reach);
+        }
+        if (__any_sync(0xffffffffu, raised)) {
+#pragma unroll
+            for (int i = 0; i < MT * 2; i++) {
+                int mt = i / 2, half = i % 2;
+                float fade = acp_exp2(high[mt][half] - top[mt][half]);
+                high[mt][half] = top[mt][half];
+                sum[mt][half] *= fade;
+#pragma unroll
+                for (int nt = 0; nt < D / 8; nt++) {
+                    o[mt][nt][2 * half] *= fade;
+                    o[mt][nt][2 * half + 1] *= fade;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < MT * 2; i++) {
+            int mt = i / 2, half = i % 2;
+            float offset = shift - high[mt][half], total = 0;
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                float x = acp_exp2(s[mt][nt][2 * half] + offset), y = acp_exp2(s[mt][nt][2 * half + 1] + offset);
+                s[mt][nt][2 * half] = x;
+                s[mt][nt][2 * half + 1] = y;
+                total += x + y;
+            }
+            sum[mt][half] += total;
+        }
+        uint32_t weights[MT][NT / 2][4];
+        acp_pack_rows<MT, NT / 2>(weights, s);
+        acp_product_ab<D, MT, NT / 2>(o, weights, sv + stage * TILE + acp_lane_a<D>());
+    }
+
+    float inverse[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        int mt = i / 2, half = i % 2, t = q0 + row0 + mt * 16 + half * 8 + lane / 4;
+        float total = acp_quad_sum(sum[mt][half]);
+        inverse[mt][half] = 1.0f / total;
+        if (lane % 4 == 0 && t < in.T) {
+            p.lse[bh * in.T + t] = (float)ACP_LN2 * ((high[mt][half] - lift[t]) + log2f(total));
+        }
+    }
+    int64_t d = (int64_t)in.H * D;
+    acp_store_rows<D, MT>(o, inverse, shared.q, row0, p.o + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d, in.T - q0 - row0);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Backward */
+
+struct AcpBackward {
+    AcpInputs in;
+    AcpSaved saved;
+    AcpWork work;
+    const bf16 *dout, *o; /* [B, T, H*D] */
+    const float *lse;
+    bf16 *dq, *dk, *dv;
+};
+
+/* Of every query: (-lift - lse) in units of log 2, and delta = dO.o. One row (token and head) per D/8 lanes, 256 threads;
+ * rows run over [B, padded, H]; reads O and dO once. */
+template <int D>
+static __global__ void acp_stats_kernel(AcpBackward p, int64_t rows) {
+    constexpr int LANES = D / 8;
+    int64_t row = blockIdx.x * (int64_t)(256 / LANES) + threadIdx.x / LANES;
+    int padded = p.in.blocks * ACP_BLOCK, H = p.in.H, T = p.in.T;
+    int t = (int)(row / H % padded), h = (int)(row % H);
+    int64_t b = row / H / padded, bh = b * H + h;
+    bool inside = row < rows && t < T;
+    float o[8] = {0}, dout[8] = {0};
+    if (inside) {
+        int64_t at = acp_row<D>(bh, t, T, H, (int64_t)H * D) + threadIdx.x % LANES * 8;
+        load8(o, p.o + at);
+        load8(dout, p.dout + at);
+    }
+    float delta = acp_row_sum<D>(acp_dot8(o, dout));
+    if (row < rows && threadIdx.x % LANES == 0) {
+        int64_t at = bh * padded + t;
+        float offset = inside ? -p.saved.lift[at] - p.lse[bh * T + t] * (float)ACP_LOG2E : -INFINITY;
+        p.work.stats[at] = make_float2(offset, delta);
+    }
+}
+
+/* P = exp2(s scale + (offset_i + (lift_j + shift))): written once, so that both kernels round alike. */
+static __device__ __forceinline__ float acp_weight(float s, float scale, float offset, float key) {
+    return acp_exp2(fmaf(s, scale, offset + key));
+}
+
+template <int D>
+struct AcpDqTraits {
+    static constexpr int KEYS = D == 64 ? 64 : 32; /* per step: two thread blocks must fit a multiprocessor */
+};
+
+template <int D>
+struct alignas(1024) AcpDqShared {
+    unsigned char q[ACP_BLOCK * D * 2], dout[ACP_BLOCK * D * 2];
+    unsigned char k[2][AcpDqTraits<D>::KEYS * D * 2], v[2][AcpDqTraits<D>::KEYS * D * 2];
+    float lift[2][AcpDqTraits<D>::KEYS];
+};
+
+/* One query block; 4 warps with 32 rows each, 32 keys at a time. Corrects delta for acp_dkdv_kernel. */
+template <int D>
+static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    AcpDqShared<D> &shared = *reinterpret_cast<AcpDqShared<D> *>(memory);
+    constexpr int MT = 2, NT = 4, KEYS = AcpDqTraits<D>::KEYS, TILE = KEYS * D * 2;
+    const AcpInputs &in = p.in;
+    const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
+    int heads = gridDim.x / in.blocks, m = in.blocks - 1 - blockIdx.x / heads;
+    int64_t bh = blockIdx.x % heads, d = (int64_t)in.H * D;
+    int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
+    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
+    const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
+    const double *base = p.saved.base + bh * in.blocks;
+    const double own_base = base[m];
+    uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
+
+    auto load = [&](int n) {
+        int stage = n % 2, j = n * KEYS;
+        acp_load_tile<D, KEYS, 128>(sk + stage * TILE, k + j * in.stride, in.stride, in.T - j);
+        acp_load_tile<D, KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
+        acp_load_floats<KEYS>(slift + stage * KEYS * 4, lift + j);
+    };
+    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride, in.T - q0);
+    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.dout), p.dout + acp_row<D>(bh, q0, in.T, in.H, d), d, in.T - q0);
+    load(end);
+    float offset[MT][2], delta[MT][2], sum[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        float2 stats = p.work.stats[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4];
+        offset[i / 2][i % 2] = stats.x;
+        delta[i / 2][i % 2] = stats.y;
+        sum[i / 2][i % 2] = 0;
+    }
+    acp_copies_done();
+    __syncthreads();
+
+    AcpRows<D, MT, D == 64> q, dout;
+    q.init(acp_shared(shared.q) + row0 * 2 * D + acp_lane_a<D>());
+    dout.init(acp_shared(shared.dout) + row0 * 2 * D + acp_lane_a<D>());
+    float dq[MT][D / 8][4];
+    acp_zero<MT, D / 8>(dq);
+    for (int n = end; n >= begin; n--) {
+        acp_copies_done();
+        __syncthreads();
+        if (n > begin) {
+            load(n - 1);
+        }
+        int stage = n % 2;
+        float shift = (float)(own_base - base[n * KEYS / ACP_BLOCK]);
+#pragma unroll
+        for (int part = 0; part < KEYS / 32; part++) {
+            int j = n * KEYS + part * 32;
+            if (j > q0 + row0 + 31) {
+                continue;
+            }
+            uint32_t tile = stage * TILE + part * 32 * 2 * D;
+            float s[MT][NT][4], dp[MT][NT][4];
+            acp_product_abt<D, MT, NT>(s, q, sk + tile + acp_lane_b<D>());
+            acp_product_abt<D, MT, NT>(dp, dout, sv + tile + acp_lane_b<D>());
+            if (j + 31 > q0 + row0) {
+                acp_mask<MT, NT, false>(s, q0 + row0, j);
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                float2 key = *reinterpret_cast<const float2 *>(&shared.lift[stage][part * 32 + nt * 8 + lane % 4 * 2]);
+                key.x += shift;
+                key.y += shift;
+#pragma unroll
+                for (int i = 0; i < MT * 4; i++) {
+                    int mt = i / 4, e = i % 4, half = e / 2;
+                    float weight = acp_weight(s[mt][nt][e], scale, offset[mt][half], e % 2 ? key.y : key.x);
+                    s[mt][nt][e] = weight * (dp[mt][nt][e] - delta[mt][half]);
+                    sum[mt][half] += s[mt][nt][e];
+                }
+            }
+            uint32_t ds[MT][NT / 2][4];
+            acp_pack_rows<MT, NT / 2>(ds, s);
+            acp_product_ab<D, MT, NT / 2>(dq, ds, sk + tile + acp_lane_a<D>());
+        }
+    }
+    float roots[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        float error = acp_quad_sum(sum[i / 2][i % 2]);
+        roots[i / 2][i % 2] = root;
+        if (lane % 4 == 0) {
+            p.work.stats[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4].y = delta[i / 2][i % 2] + error;
+        }
+    }
+    acp_store_rows<D, MT>(dq, roots, shared.q, row0, p.dq + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d, in.T - q0 - row0);
+}
+
+/* Queries per step, and how many of them at a time; 16-row fragments of keys per warp. */
+template <int D>
+struct AcpDkdvTraits {
+    static constexpr int QUERIES = 64, PART = D == 64 ? 64 : 32, MT = 1, THREADS = ACP_BLOCK / (16 * MT) * 32;
+};
+
+template <int D>
+struct alignas(1024) AcpDkdvShared {
+    unsigned char k[ACP_BLOCK * D * 2], v[ACP_BLOCK * D * 2];
+    unsigned char q[2][AcpDkdvTraits<D>::QUERIES * D * 2], dout[2][AcpDkdvTraits<D>::QUERIES * D * 2];
+    float2 stats[2][AcpDkdvTraits<D>::QUERIES];
+};
+
+/* One key block. Logits are computed transposed (rows are keys), so that P^T and dS^T leave the tensor cores as the A
+ * operands of dV and dK. */
+template <int D>
+static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, 1) acp_dkdv_kernel(AcpBackward p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    AcpDkdvShared<D> &shared = *reinterpret_cast<AcpDkdvShared<D> *>(memory);
+    using Traits = AcpDkdvTraits<D>;
+    constexpr int MT = Traits::MT, QUERIES = Traits::QUERIES, PART = Traits::PART, NT = PART / 8, THREADS = Traits::THREADS;
+    constexpr int TILE = QUERIES * D * 2;
+    const AcpInputs &in = p.in;
+    const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
+    int heads = gridDim.x / in.blocks, n = blockIdx.x / heads;
+    int64_t bh = blockIdx.x % heads, d = (int64_t)in.H * D;
+    int k0 = n * ACP_BLOCK, row0 = threadIdx.x / 32 * (16 * MT), lane = threadIdx.x % 32;
+    int begin = k0 / QUERIES, end = (min(in.T, (p.saved.last[bh * in.blocks + n] + 1) * ACP_BLOCK) - 1) / QUERIES;
+    const bf16 *q = in.q + acp_row<D>(bh, 0, in.T, in.H, in.stride), *dout = p.dout + acp_row<D>(bh, 0, in.T, in.H, d);
+    const float2 *stats = p.work.stats + bh * in.blocks * ACP_BLOCK;
+    const double *base = p.saved.base + bh * in.blocks;
+    const double own_base = base[n];
+    uint32_t sq = acp_shared(shared.q), sdout = acp_shared(shared.dout), sstats = acp_shared(shared.stats);
+
+    auto load = [&](int m) {
+        int stage = m % 2, i = m * QUERIES;
+        acp_load_tile<D, QUERIES, THREADS>(sq + stage * TILE, q + i * in.stride, in.stride, in.T - i);
+        acp_load_tile<D, QUERIES, THREADS>(sdout + stage * TILE, dout + i * d, d, in.T - i);
+        acp_load_floats<QUERIES * 2>(sstats + stage * QUERIES * 8, reinterpret_cast<const float *>(stats + i));
+    };
+    int64_t at = acp_row<D>(bh, k0, in.T, in.H, in.stride);
+    acp_load_tile<D, ACP_BLOCK, THREADS>(acp_shared(shared.k), in.k + at, in.stride, in.T - k0);
+    acp_load_tile<D, ACP_BLOCK, THREADS>(acp_shared(shared.v), in.v + at, in.stride, in.T - k0);
+    load(begin);
+    float lift[MT][2], sum[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        lift[i / 2][i % 2] = p.saved.lift[bh * in.blocks * ACP_BLOCK + k0 + row0 + i * 8 + lane / 4];
+        sum[i / 2][i % 2] = 0;
+    }
+    acp_copies_done();
+    __syncthreads();
+
+    AcpRows<D, MT, D == 64> k, v;
+    k.init(acp_shared(shared.k) + row0 * 2 * D + acp_lane_a<D>());
+    v.init(acp_shared(shared.v) + row0 * 2 * D + acp_lane_a<D>());
+    float dk[MT][D / 8][4], dv[MT][D / 8][4];
+    acp_zero<MT, D / 8>(dk);
+    acp_zero<MT, D / 8>(dv);
+    for (int m = begin; m <= end; m++) {
+        acp_copies_done();
+        __syncthreads();
+        if (m < end) {
+            load(m + 1);
+        }
+        int stage = m % 2;
+        float shift = (float)(base[m * QUERIES / ACP_BLOCK] - own_base), key[MT][2];
+#pragma unroll
+        for (int i = 0; i < MT * 2; i++) {
+            key[i / 2][i % 2] = lift[i / 2][i % 2] + shift;
+        }
+#pragma unroll
+        for (int part = 0; part < QUERIES / PART; part++) {
+            int i0 = m * QUERIES + part * PART;
+            if (i0 + PART - 1 < k0 + row0) {
+                continue; /* all queries before all of this warp's keys */
+            }
+            uint32_t tile = stage * TILE + part * PART * 2 * D;
+            float s[MT][NT][4], dp[MT][NT][4];
+            acp_product_abt<D, MT, NT>(s, k, sq + tile + acp_lane_b<D>());
+            acp_product_abt<D, MT, NT>(dp, v, sdout + tile + acp_lane_b<D>());
+            if (i0 < k0 + row0 + 16 * MT - 1) {
+                acp_mask<MT, NT, true>(s, k0 + row0, i0);
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++) {
+                /* offset and delta of two neighbouring queries */
+                float4 query = *reinterpret_cast<const float4 *>(&shared.stats[stage][part * PART + nt * 8 + lane % 4 * 2]);
+#pragma unroll
+                for (int i = 0; i < MT * 4; i++) {
+                    int mt = i / 4, e = i % 4, half = e / 2;
+                    float weight = acp_weight(s[mt][nt][e], scale, e % 2 ? query.z : query.x, key[mt][half]);
+                    s[mt][nt][e] = weight;
+                    dp[mt][nt][e] = weight * (dp[mt][nt][e] - (e % 2 ? query.w : query.y));
+                    sum[mt][half] += dp[mt][nt][e];
+                }
+            }
+            uint32_t weights[MT][NT / 2][4], ds[MT][NT / 2][4];
+            acp_pack_rows<MT, NT / 2>(weights, s);
+            acp_pack_rows<MT, NT / 2>(ds, dp);
+            acp_product_ab<D, MT, NT / 2>(dv, weights, sdout + tile + acp_lane_a<D>());
+            acp_product_ab<D, MT, NT / 2>(dk, ds, sq + tile + acp_lane_a<D>());
+        }
+    }
+    float roots[MT][2], ones[MT][2];
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        float total = acp_quad_sum(sum[i / 2][i % 2]);
+        roots[i / 2][i % 2] = root;
+        ones[i / 2][i % 2] = 1;
+        if (lane % 4 == 0) {
+            p.work.dc[bh * in.blocks * ACP_BLOCK + k0 + row0 + i * 8 + lane / 4] = -total;
+        }
+    }
+    int64_t out = acp_row<D>(bh, k0 + row0, in.T, in.H, d);
+    acp_store_rows<D, MT>(dk, roots, shared.k, row0, p.dk + out, d, in.T - k0 - row0);
+    acp_store_rows<D, MT>(dv, ones, shared.v, row0, p.dv + out, d, in.T - k0 - row0);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Launchers */
+
+template <typename Args>
+static void acp_launch(void (*kernel)(Args), int blocks, int threads, size_t shared, const Args &args, cudaStream_t stream) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    kernel<<<blocks, threads, shared, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+}
+
+/* The one place where a forward kernel is chosen. */
+template <int D>
+static void acp_run_forward(const AcpForward &args, int BH, cudaStream_t stream) {
+    acp_launch(acp_forward_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), args, stream);
+}
+
+/* The one place where backward kernels are chosen: dq, dk, dv and work.dc. */
+template <int D>
+static void acp_run_backward(const AcpBackward &args, int BH, cudaStream_t stream) {
+    int64_t rows = (int64_t)BH * args.in.blocks * ACP_BLOCK, per_block = 256 / (D / 8);
+    acp_stats_kernel<D><<<(unsigned)((rows + per_block - 1) / per_block), 256, 0, stream>>>(args, rows);
+    CUDA_CHECK_LAUNCH();
+    acp_launch(acp_dq_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpDqShared<D>), args, stream);
+    acp_launch(acp_dkdv_kernel<D>, BH * args.in.blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args, stream);
+}
+
+template <bool BACKWARD>
+static void acp_run_scan(const AcpScan &scan, int BH, cudaStream_t stream) {
+    dim3 grid((unsigned)((scan.T + ACP_CHUNK - 1) / ACP_CHUNK), (unsigned)BH);
+    acp_chunk_sums_kernel<BACKWARD><<<grid, 256, 0, stream>>>(scan);
+    CUDA_CHECK_LAUNCH();
+    acp_scan_kernel<BACKWARD><<<grid, 256, 0, stream>>>(scan);
+    CUDA_CHECK_LAUNCH();
+}
+
+template <int D>
+static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const AcpSaved &saved, const AcpWork &work,
+                            const AcpRanges &ranges, cudaStream_t stream) {
+    int BH = shape->B * shape->H;
+    dim3 grid((unsigned)in.blocks, (unsigned)BH);
+    if (shape->mode == ACP_PAPER && ranges.q_norm == NULL) {
+        acp_norms_kernel<D><<<grid, 128, 0, stream>>>(in, work.norms);
+        CUDA_CHECK_LAUNCH();
+    } else if (shape->mode == ACP_TIGHT) {
+        acp_key_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work);
+        CUDA_CHECK_LAUNCH();
+        acp_history_kernel<<<BH, D, 0, stream>>>(in.blocks, D, work);
+        CUDA_CHECK_LAUNCH();
+        /* the same allowance for float32 as in cpu/acp.h */
+        acp_query_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work, (float)exp(shape->log_tolerance - 0.02));
+        CUDA_CHECK_LAUNCH();
+    }
+    acp_ranges_kernel<<<BH, 256, 0, stream>>>(ranges, saved, work);
+    CUDA_CHECK_LAUNCH();
+}
+
+static void acp_check(const AcpShape *s, int64_t stride, const void *q, const void *k, const void *v) {
+    CUDA_REQUIRE(s->D == 64 || s->D == 128, "heads of 64 or 128 values expected");
+    CUDA_REQUIRE(s->B >= 1 && s->T >= 1 && s->H >= 1, "B, T and H of at least 1 expected");
+    CUDA_REQUIRE((int64_t)s->B * s->H <= 65535, "at most 65,535 heads in all sequences together expected");
+    CUDA_REQUIRE(s->log_tolerance < 0, "a negative log_tolerance expected");
+    CUDA_REQUIRE(stride % 8 == 0 && stride >= (int64_t)s->H * s->D, "a stride that is a multiple of 8 and at least H*D expected");
+    CUDA_REQUIRE(((uintptr_t)q | (uintptr_t)k | (uintptr_t)v) % 16 == 0, "q, k and v aligned to 16 bytes expected");
+}
+
+extern "C" int64_t acp_saved_bytes(const AcpShape *shape) {
+    int64_t bytes;
+    acp_saved(shape, NULL, &bytes);
+    return bytes;
+}
+
+extern "C" int64_t acp_workspace_bytes(const AcpShape *shape) {
+    int64_t bytes;
+    acp_work(shape, NULL, &bytes);
+    return bytes;
+}
+
+/* Where `saved` holds the cumulative gates (double [B, H, T]), the first key block of each query block and the last query
+ * block of each key block (int [B, H, ceil(T / 128)]): for tests and reports. */
+extern "C" void acp_saved_views(const AcpShape *shape, void *memory, const double **c, const int **first, const int **last) {
+    int64_t bytes;
+    AcpSaved saved = acp_saved(shape, memory, &bytes);
+    *c = saved.c;
+    *first = saved.first;
+    *last = saved.last;
+}
+
+extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse, void *saved_memory, void *workspace,
+                                      AcpCounts *counts, const bf16 *q, const bf16 *k, const bf16 *v, int64_t stride,
+                                      const float *log_f, const float *q_norm, const float *k_norm, cudaStream_t stream) {
+    acp_check(shape, stride, q, k, v);
+    CUDA_REQUIRE((q_norm == NULL) == (k_norm == NULL), "both QK-norm weights or neither expected");
+    int64_t bytes;
+    int BH = shape->B * shape->H;
+    AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
+    AcpWork work = acp_work(shape, workspace, &bytes);
+    AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
+    AcpScan scan = {in.T, in.blocks, log_f, NULL, work.chunk_sums, saved, NULL};
+    AcpRanges ranges = {shape->mode, in.T, in.H, shape->D, in.blocks, shape->log_tolerance, q_norm, k_norm, shape->shared_norm,
+                        counts != NULL ? counts->skipped : NULL, counts != NULL ? counts->total : NULL};
+    AcpForward args = {in, saved, o, lse};
+    acp_run_scan<false>(scan, BH, stream);
+    if (shape->D == 64) {
+        acp_find_ranges<64>(shape, in, saved, work, ranges, stream);
+        acp_run_forward<64>(args, BH, stream);
+    } else {
+        acp_find_ranges<128>(shape, in, saved, work, ranges, stream);
+        acp_run_forward<128>(args, BH, stream);
+    }
+}
+
+extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk, bf16 *dv, float *dlog_f, void *saved_memory,
+                                       void *workspace, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v,
+                                       int64_t stride, const bf16 *o, const float *lse, cudaStream_t stream) {
+    acp_check(shape, stride, q, k, v);
+    int64_t bytes;
+    int BH = shape->B * shape->H;
+    AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
+    AcpWork work = acp_work(shape, workspace, &bytes);
+    AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
+    AcpBackward args = {in, saved, work, dout, o, lse, dq, dk, dv};
+    AcpScan scan = {in.T, in.blocks, NULL, work.dc, work.chunk_sums, saved, dlog_f};
+    if (shape->D == 64) {
+        acp_run_backward<64>(args, BH, stream);
+    } else {
+        acp_run_backward<128>(args, BH, stream);
+    }
+    acp_run_scan<true>(scan, BH, stream);
+}
+
+#endif
