@@ -39,14 +39,32 @@ struct alignas(16) Bf16x8 {
     __nv_bfloat162 pair[4];
 };
 
-static __device__ __forceinline__ void load8(float out[8], const bf16 *p) {
-    Bf16x8 x = *reinterpret_cast<const Bf16x8 *>(p);
+/* Zeros where not wanted, so that lanes past the end of a row take part in sums without harm. */
+static __device__ __forceinline__ Bf16x8 load_raw8(const bf16 *p, bool wanted) {
+    Bf16x8 x = {};
+    if (wanted) {
+        x = *reinterpret_cast<const Bf16x8 *>(p);
+    }
+    return x;
+}
+
+static __device__ __forceinline__ void unpack8(float out[8], const Bf16x8 &x) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float2 f = __bfloat1622float2(x.pair[i]);
         out[2 * i] = f.x;
         out[2 * i + 1] = f.y;
     }
+}
+
+static __device__ __forceinline__ void load8(float out[8], const bf16 *p) {
+    unpack8(out, *reinterpret_cast<const Bf16x8 *>(p));
+}
+
+static __device__ __forceinline__ void load8(float out[8], const float *p) {
+    float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
 
 static __device__ __forceinline__ void store8(bf16 *p, const float in[8]) {
@@ -58,8 +76,19 @@ static __device__ __forceinline__ void store8(bf16 *p, const float in[8]) {
     *reinterpret_cast<Bf16x8 *>(p) = x;
 }
 
+static __device__ __forceinline__ void store8(float *p, const float in[8]) {
+    reinterpret_cast<float4 *>(p)[0] = make_float4(in[0], in[1], in[2], in[3]);
+    reinterpret_cast<float4 *>(p)[1] = make_float4(in[4], in[5], in[6], in[7]);
+}
+
+/* 1 / (1 + exp(-x)); the quick division returns 0 where exp(-x) is beyond 2^126, which is right. */
 static __device__ __forceinline__ float device_sigmoid(float x) {
-    return 1.0f / (1.0f + __expf(-x));
+    return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+/* Smallest multiple of `step` that is not below x. */
+static inline int64_t round_up(int64_t x, int64_t step) {
+    return (x + step - 1) / step * step;
 }
 
 #endif

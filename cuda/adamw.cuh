@@ -1,0 +1,194 @@
+/* The end of a step: global norm of the gradient, clipping, and AdamW (Loshchilov, Hutter 2019), all decided on the device.
+ *
+ *     norm = sqrt(sum g^2) in double;  applied = loss and norm are finite;  grad_scale = min(1, clip / norm)
+ *     g = grad * grad_scale,  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+ *     p = p (1 - lr * decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps),  then grad = 0
+ *
+ * The norm reads 4 bytes a parameter, the update moves 34: p, m, v and the gradient in and out, and the bf16 copy. */
+#ifndef FOX_CUDA_ADAMW_CUH
+#define FOX_CUDA_ADAMW_CUH
+
+#include "common.cuh"
+
+enum { SQUARES_BLOCKS = 1056, SQUARES_THREADS = 256 };
+enum { ADAMW_THREADS = 256, ADAMW_VECTORS = 4 }; /* vectors of four parameters that a thread updates */
+
+/* Sum of x over the block, valid in thread 0; the order is fixed. */
+static __device__ __forceinline__ double block_sum_double(double x) {
+    __shared__ double sums[SQUARES_THREADS];
+    sums[threadIdx.x] = x;
+    for (int half = SQUARES_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+        }
+    }
+    return sums[0];
+}
+
+static __global__ void squares_kernel(double *partials, const float *x, int64_t count) {
+    double sum = 0;
+    int64_t thread = (int64_t)blockIdx.x * SQUARES_THREADS + threadIdx.x, threads = (int64_t)SQUARES_BLOCKS * SQUARES_THREADS;
+#pragma unroll 4
+    for (int64_t i = thread; i < count / 4; i += threads) {
+        float4 v = reinterpret_cast<const float4 *>(x)[i];
+        sum += (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
+    }
+    if (thread < count % 4) {
+        double last = x[count / 4 * 4 + thread];
+        sum += last * last;
+    }
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) {
+        partials[blockIdx.x] = sum;
+    }
+}
+
+static __global__ void clip_kernel(DeviceStats *stats, const double *partials, double grad_clip) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < SQUARES_BLOCKS; i += SQUARES_THREADS) {
+        sum += partials[i];
+    }
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) {
+        double norm = sqrt(sum);
+        stats->grad_norm = norm;
+        stats->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1.0);
+        stats->applied = isfinite(norm) && isfinite(stats->loss);
+    }
+}
+
+/* The numbers of one step in the precision of the update. */
+struct AdamWStep {
+    float beta1, beta2, rate, v_scale, eps, shrink; /* shrink: of a parameter with decay 1 is 1 - shrink */
+};
+
+static __device__ __forceinline__ void adamw_one(float &p, float &m, float &v, float grad, float grad_scale, float decay,
+                                                 const AdamWStep &step) {
+    float g = grad * grad_scale;
+    m = step.beta1 * m + (1 - step.beta1) * g;
+    v = step.beta2 * v + (1 - step.beta2) * g * g;
+    p = p * (1 - decay * step.shrink) - step.rate * m / (sqrtf(v * step.v_scale) + step.eps);
+}
+
+/* First range that ends after i. */
+static __device__ __forceinline__ int find_range(const AdamWRange *ranges, int count, int64_t i) {
+    int low = 0, high = count;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (ranges[middle].start + ranges[middle].size > i) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low;
+}
+
+/* Parameters i .. i + 3 (below total), where a range begins or ends among them. */
+static __device__ __noinline__ void adamw_edge(float *params, bf16 *params_bf16, float *m, float *v, const float *grads,
+                                               const AdamWRange *ranges, int range_count, int64_t i, int64_t total,
+                                               float grad_scale, const AdamWStep &step) {
+    for (int64_t last = min(i + 4, total); i < last; i++) {
+        int r = find_range(ranges, range_count, i);
+        if (r < range_count && ranges[r].start <= i) {
+            adamw_one(params[i], m[i], v[i], grads[i], grad_scale, ranges[r].decay, step);
+            params_bf16[i] = __float2bfloat16(params[i]);
+        }
+    }
+}
+
+/* A block updates ADAMW_THREADS * ADAMW_VECTORS vectors that follow each other. */
+static __global__ void __launch_bounds__(ADAMW_THREADS)
+    adamw_kernel(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges, int range_count,
+                 int64_t total, AdamWStep step, const DeviceStats *stats) {
+    int64_t block = (int64_t)blockIdx.x * (4 * ADAMW_THREADS * ADAMW_VECTORS);
+    bool applied = stats->applied != 0;
+    float grad_scale = stats->grad_scale;
+    int first_range = applied ? find_range(ranges, range_count, block) : 0;
+#pragma unroll
+    for (int k = 0; k < ADAMW_VECTORS; k++) {
+        int64_t i = block + 4 * (k * ADAMW_THREADS + threadIdx.x);
+        if (i >= total) {
+            return;
+        }
+        if (applied) {
+            int r = first_range;
+            while (r < range_count && ranges[r].start + ranges[r].size <= i) {
+                r++;
+            }
+            AdamWRange range = r < range_count ? ranges[r] : AdamWRange{total, 0, 0};
+            if (range.start <= i && range.start + range.size >= i + 4) {
+                float4 p4 = *reinterpret_cast<float4 *>(params + i), m4 = *reinterpret_cast<float4 *>(m + i);
+                float4 v4 = *reinterpret_cast<float4 *>(v + i), g4 = *reinterpret_cast<float4 *>(grads + i);
+                adamw_one(p4.x, m4.x, v4.x, g4.x, grad_scale, range.decay, step);
+                adamw_one(p4.y, m4.y, v4.y, g4.y, grad_scale, range.decay, step);
+                adamw_one(p4.z, m4.z, v4.z, g4.z, grad_scale, range.decay, step);
+                adamw_one(p4.w, m4.w, v4.w, g4.w, grad_scale, range.decay, step);
+                *reinterpret_cast<float4 *>(params + i) = p4;
+                *reinterpret_cast<float4 *>(m + i) = m4;
+                *reinterpret_cast<float4 *>(v + i) = v4;
+                __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(p4.x, p4.y), __floats2bfloat162_rn(p4.z, p4.w)};
+                *reinterpret_cast<uint2 *>(params_bf16 + i) = *reinterpret_cast<uint2 *>(pair);
+            } else if (range.start < i + 4) {
+                adamw_edge(params, params_bf16, m, v, grads, ranges, range_count, i, total, grad_scale, step);
+            }
+        }
+        if (i + 4 <= total) {
+            *reinterpret_cast<float4 *>(grads + i) = make_float4(0, 0, 0, 0);
+        } else {
+            for (; i < total; i++) {
+                grads[i] = 0;
+            }
+        }
+    }
+}
+
+static __global__ void to_bf16_kernel(bf16 *out, const float *in, int64_t count) {
+    int64_t i = 8 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i + 8 <= count) {
+        float x[8];
+        load8(x, in + i);
+        store8(out + i, x);
+    } else {
+        for (; i < count; i++) {
+            out[i] = __float2bfloat16(in[i]);
+        }
+    }
+}
+
+/* ---- launchers ---- */
+
+int64_t cuda_norm_squares_scratch(void) {
+    return SQUARES_BLOCKS;
+}
+
+void cuda_gradient_norm(DeviceStats *stats, double *scratch, const float *grads, int64_t count, double grad_clip,
+                        cudaStream_t stream) {
+    squares_kernel<<<SQUARES_BLOCKS, SQUARES_THREADS, 0, stream>>>(scratch, grads, count);
+    CUDA_CHECK_LAUNCH();
+    clip_kernel<<<1, SQUARES_THREADS, 0, stream>>>(stats, scratch, grad_clip);
+    CUDA_CHECK_LAUNCH();
+}
+
+void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges, int range_count,
+                int64_t total, const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream) {
+    double correct_m = 1 - pow(adamw->beta1, (double)adamw->step), correct_v = 1 - pow(adamw->beta2, (double)adamw->step);
+    AdamWStep step = {(float)adamw->beta1,
+                      (float)adamw->beta2,
+                      (float)(adamw->learning_rate / correct_m),
+                      (float)(1 / correct_v),
+                      (float)adamw->eps,
+                      (float)(adamw->learning_rate * adamw->weight_decay)};
+    int64_t block = 4 * ADAMW_THREADS * ADAMW_VECTORS;
+    adamw_kernel<<<(unsigned)((total + block - 1) / block), ADAMW_THREADS, 0, stream>>>(params, params_bf16, m, v, grads, ranges,
+                                                                                       range_count, total, step, stats);
+    CUDA_CHECK_LAUNCH();
+}
+
+void cuda_to_bf16(bf16 *out, const float *in, int64_t count, cudaStream_t stream) {
+    to_bf16_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
+    CUDA_CHECK_LAUNCH();
+}
+
+#endif

@@ -1,0 +1,146 @@
+/* Cross entropy of each token and its gradient, written over the logits.
+ *
+ *     loss[n] = log sum_v exp(z[n, v]) - z[n, target[n]],  dz[n, v] = scale * (softmax(z[n])_v - [v = target[n]])
+ *
+ * One block a row. The row passes through shared memory (100 KB at V = 50257), so that device memory is read once and
+ * written once: 4 bytes an element. A row too long for shared memory is read a second time, mostly from the L2 cache.
+ * The sum of exponentials is online: each thread rescales its own when its maximum moves. */
+#ifndef FOX_CUDA_CROSS_ENTROPY_CUH
+#define FOX_CUDA_CROSS_ENTROPY_CUH
+
+#include "common.cuh"
+
+enum { ENTROPY_THREADS = 1024 };
+
+static constexpr float LOG2E = 1.4426950408889634f;
+
+/* 2^x; results below 2^-126 are 0. */
+static __device__ __forceinline__ float exp2_quick(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* A running maximum, in units of log 2, and the sum of 2^(x - high). The first maximum is finite: -infinity minus itself
+ * would be NaN. */
+struct OnlineSum {
+    float high, sum;
+};
+
+static __device__ __forceinline__ OnlineSum online_merge(OnlineSum a, OnlineSum b) {
+    float high = fmaxf(a.high, b.high);
+    return {high, a.sum * exp2_quick(a.high - high) + b.sum * exp2_quick(b.high - high)};
+}
+
+/* Eight logits from column v on; those past V count as -infinity. */
+static __device__ __forceinline__ void load_logits(float z[8], const bf16 *row, int v, int V) {
+    load8(z, row + v);
+    if (v + 8 > V) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            z[i] = v + i < V ? z[i] : -INFINITY;
+        }
+    }
+}
+
+/* losses[n], and the gradient where scale is not 0. staged: dynamic shared memory holds a row. */
+static __global__ void __launch_bounds__(ENTROPY_THREADS, 2)
+    cross_entropy_kernel(float *losses, bf16 *logits, const int32_t *targets, int V, int row, float scale, bool staged) {
+    extern __shared__ __align__(16) unsigned char stage_bytes[];
+    __shared__ OnlineSum warps[32];
+    bf16 *z = logits + (int64_t)blockIdx.x * row, *stage = reinterpret_cast<bf16 *>(stage_bytes);
+    int target = targets[blockIdx.x];
+    float target_logit = __bfloat162float(z[target]);
+    OnlineSum all = {-1e30f, 0};
+#pragma unroll 2
+    for (int v = 8 * threadIdx.x; v < V; v += 8 * ENTROPY_THREADS) {
+        float x[8], high = all.high, sum = 0;
+        load_logits(x, z, v, V);
+        if (staged) {
+            store8(stage + v, x);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            high = fmaxf(high, x[i] * LOG2E);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum += exp2_quick(x[i] * LOG2E - high);
+        }
+        all = {high, all.sum * exp2_quick(all.high - high) + sum};
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        all = online_merge(all, {__shfl_xor_sync(0xffffffffu, all.high, lanes), __shfl_xor_sync(0xffffffffu, all.sum, lanes)});
+    }
+    if (threadIdx.x % 32 == 0) {
+        warps[threadIdx.x / 32] = all;
+    }
+    __syncthreads();
+    all = warps[threadIdx.x % 32];
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        all = online_merge(all, {__shfl_xor_sync(0xffffffffu, all.high, lanes), __shfl_xor_sync(0xffffffffu, all.sum, lanes)});
+    }
+    float lse = all.high + log2f(all.sum); // in units of log 2
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = lse / LOG2E - target_logit;
+    }
+    if (scale == 0) {
+        return;
+    }
+    const bf16 *source = staged ? stage : z;
+    for (int v = 8 * threadIdx.x; v < row; v += 8 * ENTROPY_THREADS) {
+        float x[8] = {};
+        if (v < V) {
+            load_logits(x, source, v, V);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                x[i] = scale * (exp2_quick(x[i] * LOG2E - lse) - (v + i == target ? 1.0f : 0.0f));
+            }
+        }
+        store8(z + v, x);
+    }
+}
+
+/* *total += sum of losses [N], in double precision, by one block: the order is fixed. */
+static __global__ void sum_losses_kernel(double *total, const float *losses, int64_t N) {
+    __shared__ double sums[ENTROPY_THREADS];
+    double sum = 0;
+    for (int64_t n = threadIdx.x; n < N; n += ENTROPY_THREADS) {
+        sum += (double)losses[n];
+    }
+    sums[threadIdx.x] = sum;
+    for (int half = ENTROPY_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+        }
+    }
+    if (threadIdx.x == 0) {
+        *total += sums[0];
+    }
+}
+
+/* ---- launcher ---- */
+
+void cuda_cross_entropy(float *losses, double *loss_sum, bf16 *logits, const int32_t *targets, int64_t N, int V, int row,
+                        float scale, cudaStream_t stream) {
+    CUDA_REQUIRE(row % 8 == 0 && row >= V && V > 0, "a row of logits must hold V of them and be a multiple of 8 long");
+    int device, limit, bytes = row * (int)sizeof(bf16);
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    bool staged = scale != 0 && bytes + 1024 <= limit;
+    if (staged) {
+        CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    }
+    cross_entropy_kernel<<<(unsigned)N, ENTROPY_THREADS, staged ? (size_t)bytes : 0, stream>>>(losses, logits, targets, V, row,
+                                                                                              scale, staged);
+    CUDA_CHECK_LAUNCH();
+    if (loss_sum != NULL) {
+        sum_losses_kernel<<<1, ENTROPY_THREADS, 0, stream>>>(loss_sum, losses, N);
+        CUDA_CHECK_LAUNCH();
+    }
+}
+
+#endif

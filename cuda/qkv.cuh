@@ -1,0 +1,318 @@
+/* From the packed product to what attention sees, and back (FoX paper, sections 3 and 4).
+ *
+ *     z = q, k, v columns of packed [N, row];   shift (k, v):  m[t] = a[t] z[t-1] + (1 - a[t]) z[t],  a = sigmoid(logit), z[-1] = 0
+ *     norm (q, k), per head:  y = m * rstd * w,  rstd = 1 / sqrt(mean(m^2) + 1e-5);   RoPE (q, k, baseline only)
+ *     log f[b, h, t] = logsigmoid(logit + bias)
+ *
+ *     backward, with g[t] the gradient of m[t]:  dz[t] = (1 - a[t]) g[t] + a[t+1] g[t+1]
+ *     dlogit[t] = a (1 - a) sum_i g[t] (z[t-1] - z[t]),  g = rstd (dy w - mhat mean(dy w mhat)),  dw += sum over tokens of dy mhat
+ *
+ * The three parts q, k, v never meet, so each is a block of its own (blockIdx.x % 3), and what differs between them is a
+ * row of a table (QkvPart). A block is one row of heads (heads.cuh) that walks down its stretch of tokens with the previous
+ * token in registers; the backward walk writes dz[t-1] once g[t] is known, and goes one token past its end for the last.
+ * Forward moves 12 bytes per token and column of q, backward 18. */
+#ifndef FOX_CUDA_QKV_CUH
+#define FOX_CUDA_QKV_CUH
+
+#include "heads.cuh"
+#include "partials.cuh"
+
+enum { QKV_TOKENS = 16 }; /* of a block of the forward pass */
+
+/* Turns per token of each pair of columns, base^(-2i/D) / (2 pi), in double: at position 131072 float is off by 0.01. */
+struct RopeTable {
+    double turns[128];
+};
+
+struct QkvPart {
+    int column, shift;  /* in a packed row: of the first head, of the shift's logits (-1: no shift) */
+    const float *norm;  /* weights or NULL */
+    float *rstd;        /* [N, H] */
+    bf16 *y;            /* [N, d]: the result, or in backward its gradient */
+    float *partials;    /* backward: [parts, d] of the norm's weights */
+    bool rotates;
+};
+
+/* Everything a launch needs besides the big pointers. */
+struct QkvTask {
+    QkvPart part[3];
+    int fgate, columns, row; /* of the packed layout */
+    const float *fgate_bias;
+    bool shared; /* one norm weight for all heads */
+    int64_t N;
+    int T, H, D, lanes;
+    int64_t tokens; /* of a block */
+};
+
+/* Turns the pairs (x[i], x[i + D/2]) of a head by position * base^(-2i/D); direction -1 turns back. */
+static __device__ __forceinline__ void rotate_head(float x[8], const RopeTable &table, const HeadLane &at, int D, int lanes,
+                                                   int position, float direction) {
+    bool low = at.within < D / 2;
+    int from = threadIdx.x % 32 / lanes * lanes + (low ? at.within + D / 2 : at.within - D / 2) / 8 % lanes;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float partner = __shfl_sync(0xffffffffu, x[i], from), sine, cosine;
+        double turns = position * table.turns[(at.within + i) % (D / 2)];
+        sincospif(2 * (float)(turns - rint(turns)), &sine, &cosine);
+        x[i] = x[i] * cosine + (low ? -direction : direction) * partner * sine;
+    }
+}
+
+/* sigmoid of a token's shift logit; 0 without shift, which leaves everything as it is. */
+static __device__ __forceinline__ float shift_gate(const bf16 *packed_row, const QkvPart &part, const HeadLane &at) {
+    return part.shift >= 0 && at.active ? device_sigmoid(__bfloat162float(packed_row[part.shift + at.head])) : 0;
+}
+
+static __device__ __forceinline__ float log_sigmoid(float x) {
+    return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
+}
+
+template <bool ROPE>
+static __global__ void __launch_bounds__(HEAD_THREADS)
+    qkv_forward_kernel(float *log_f, const bf16 *packed, const __grid_constant__ QkvTask task,
+                       const __grid_constant__ RopeTable table) {
+    HeadLane at = head_lane(task.lanes, task.H, task.D);
+    const QkvPart &part = task.part[blockIdx.x % 3];
+    int64_t first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N);
+    int t = (int)(first % task.T), d = task.H * task.D;
+    const bf16 *z = packed + first * task.row + part.column + at.column;
+    Bf16x8 before = load_raw8(z - task.row, at.active && t > 0 && part.shift >= 0), next = load_raw8(z, at.active);
+    for (int64_t n = first; n < end; n++) {
+        const bf16 *packed_row = packed + n * task.row;
+        Bf16x8 here = next;
+        z += task.row;
+        next = load_raw8(z, at.active && n + 1 < end);
+        float x[8];
+        unpack8(x, here);
+        if (part.shift >= 0) {
+            float a = shift_gate(packed_row, part, at), old[8];
+            unpack8(old, before);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                x[i] = a * (t > 0 ? old[i] : 0) + (1 - a) * x[i];
+            }
+            before = here;
+        }
+        if (part.norm != NULL) {
+            float sum = 0, weight[8] = {};
+            if (at.active) {
+                load8(weight, part.norm + (task.shared ? at.within : at.column));
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                sum += x[i] * x[i];
+            }
+            float scale = 1.0f / sqrtf(team_sum(sum, task.lanes) / (float)task.D + FOX_QK_NORM_EPS);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                x[i] *= scale * weight[i];
+            }
+            if (at.leader) {
+                part.rstd[n * task.H + at.head] = scale;
+            }
+        }
+        if (ROPE && part.rotates) {
+            rotate_head(x, table, at, task.D, task.lanes, t, 1);
+        }
+        if (at.active) {
+            store8(part.y + n * d + at.column, x);
+        }
+        if (at.leader && blockIdx.x % 3 == 0) {
+            float f = task.fgate < 0 ? 0
+                                     : log_sigmoid(__bfloat162float(packed_row[task.fgate + at.head]) + task.fgate_bias[at.head]);
+            log_f[(n / task.T * task.H + at.head) * task.T + t] = f;
+        }
+        t = t + 1 < task.T ? t + 1 : 0;
+    }
+}
+
+/* dlogit of the forget gate of token n, returned; written to dpacked. The padding after the last column becomes zero. */
+static __device__ __forceinline__ float gate_backward(bf16 *dpacked_row, const bf16 *packed_row, const float *dlog_f, int64_t n, int t,
+                                                      const QkvTask &task, const HeadLane &at) {
+    float grad = 0;
+    if (at.leader && task.fgate >= 0) {
+        float logit = __bfloat162float(packed_row[task.fgate + at.head]) + task.fgate_bias[at.head];
+        grad = dlog_f[(n / task.T * task.H + at.head) * task.T + t] / (1.0f + expf(logit));
+        dpacked_row[task.fgate + at.head] = __float2bfloat16(grad);
+    }
+    if (blockIdx.y == 0) {
+        for (int c = task.columns + threadIdx.x; c < task.row; c += blockDim.x) {
+            dpacked_row[c] = __float2bfloat16(0.0f);
+        }
+    }
+    return grad;
+}
+
+/* y of a part holds dy. bias_partials: [parts, H]. */
+template <bool ROPE>
+static __global__ void __launch_bounds__(HEAD_THREADS)
+    qkv_backward_kernel(bf16 *dpacked, float *bias_partials, const float *dlog_f, const bf16 *packed,
+                        const __grid_constant__ QkvTask task, const __grid_constant__ RopeTable table) {
+    HeadLane at = head_lane(task.lanes, task.H, task.D);
+    const QkvPart &part = task.part[blockIdx.x % 3];
+    bool shifts = part.shift >= 0;
+    int64_t first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N);
+    int t = (int)(first % task.T), d = task.H * task.D;
+    float carry[8] = {}, dw[8] = {}, dbias = 0;
+    Bf16x8 before = load_raw8(packed + (first - 1) * task.row + part.column + at.column, at.active && t > 0 && first < end && shifts);
+    for (int64_t n = first; n <= end && first < end; n++) {
+        bool mine = n < end, known = mine || (shifts && n < task.N && t > 0);
+        const bf16 *packed_row = packed + n * task.row;
+        Bf16x8 here = load_raw8(packed_row + part.column + at.column, at.active && known);
+        float g[8], a = known ? shift_gate(packed_row, part, at) : 0, m[8], z[8];
+        unpack8(g, load_raw8(part.y + n * d + at.column, at.active && known));
+        unpack8(z, here);
+        unpack8(m, before);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            m[i] = shifts && t > 0 ? m[i] : 0; /* now z[t-1], then z[t-1] - z[t] */
+            m[i] -= z[i];
+        }
+        before = here;
+        if (ROPE && part.rotates) {
+            rotate_head(g, table, at, task.D, task.lanes, t, -1);
+        }
+        if (part.norm != NULL) {
+            float scale = at.active && known ? part.rstd[n * task.H + at.head] : 0, dot = 0, weight[8] = {};
+            if (at.active) {
+                load8(weight, part.norm + (task.shared ? at.within : at.column));
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float mixed = z[i] + a * m[i];
+                dw[i] += mine ? g[i] * mixed * scale : 0;
+                g[i] *= weight[i];
+                dot += g[i] * mixed;
+            }
+            dot = team_sum(dot, task.lanes) * scale * scale / (float)task.D;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                g[i] = scale * (g[i] - (z[i] + a * m[i]) * dot);
+            }
+        }
+        if (at.active && n > first) {
+            float spill = t > 0 ? a : 0; /* of this token's gradient to the one before it */
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                carry[i] += spill * g[i];
+            }
+            store8(dpacked + (n - 1) * task.row + part.column + at.column, carry);
+        }
+        if (!mine) {
+            break;
+        }
+        if (shifts) {
+            float dot = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                dot += g[i] * m[i];
+            }
+            dot = team_sum(dot, task.lanes);
+            if (at.leader) {
+                dpacked[n * task.row + part.shift + at.head] = __float2bfloat16(a * (1 - a) * dot);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            carry[i] = (1 - a) * g[i];
+        }
+        if (blockIdx.x % 3 == 0) {
+            dbias += gate_backward(dpacked + n * task.row, packed_row, dlog_f, n, t, task, at);
+        }
+        t = t + 1 < task.T ? t + 1 : 0;
+    }
+    if (part.norm != NULL && at.active) {
+        store8(part.partials + (int64_t)(blockIdx.x / 3) * d + at.column, dw);
+    }
+    if (blockIdx.x % 3 == 0 && at.leader) {
+        bias_partials[(int64_t)(blockIdx.x / 3) * task.H + at.head] = dbias;
+    }
+}
+
+/* ---- launchers ---- */
+
+/* The parts' columns, weights and results; statistics and gradients of the norms are the caller's to add. */
+static inline QkvTask qkv_task(const PackedLayout *layout, const QkvWeights *weights, const FoxConfig *config, const HeadGrid *heads,
+                               const bf16 *q, const bf16 *k, const bf16 *v, const float *q_rstd, const float *k_rstd, int B, int T) {
+    CUDA_REQUIRE(layout->q % 8 == 0 && layout->k % 8 == 0 && layout->v % 8 == 0 && layout->row % 8 == 0,
+                 "q, k, v and the rows of the packed product must start at multiples of 8");
+    QkvTask task;
+    memset(&task, 0, sizeof task);
+    task.part[0] = {layout->q, -1, weights->q_norm, (float *)q_rstd, (bf16 *)q, NULL, config->use_rope};
+    task.part[1] = {layout->k, layout->k_shift, weights->k_norm, (float *)k_rstd, (bf16 *)k, NULL, config->use_rope};
+    task.part[2] = {layout->v, layout->v_shift, NULL, NULL, (bf16 *)v, NULL, false};
+    task.fgate = layout->fgate;
+    task.columns = layout->columns;
+    task.row = layout->row;
+    task.fgate_bias = weights->fgate_bias;
+    task.shared = config->qk_norm_share_param_across_head;
+    task.N = (int64_t)B * T;
+    task.T = T;
+    task.H = config->num_heads;
+    task.D = config->hidden_size / config->num_heads;
+    task.lanes = heads->lanes;
+    return task;
+}
+
+static inline RopeTable rope_table(const FoxConfig *config) {
+    RopeTable table;
+    int D = config->hidden_size / config->num_heads;
+    memset(&table, 0, sizeof table);
+    for (int i = 0; i < D / 2 && config->use_rope; i++) {
+        table.turns[i] = pow(config->rope_base, -2.0 * i / D) / 6.283185307179586;
+    }
+    return table;
+}
+
+static inline HeadGrid qkv_heads(const FoxConfig *config) {
+    return head_grid(config->num_heads, config->hidden_size / config->num_heads);
+}
+
+static inline int qkv_parts(const FoxConfig *config) {
+    HeadGrid heads = qkv_heads(config);
+    return partial_count(heads.threads * heads.groups);
+}
+
+void cuda_qkv_forward(bf16 *q, bf16 *k, bf16 *v, float *q_rstd, float *k_rstd, float *log_f, const bf16 *packed,
+                      const PackedLayout *layout, const QkvWeights *weights, const FoxConfig *config, int B, int T,
+                      cudaStream_t stream) {
+    HeadGrid heads = qkv_heads(config);
+    QkvTask task = qkv_task(layout, weights, config, &heads, q, k, v, q_rstd, k_rstd, B, T);
+    task.tokens = QKV_TOKENS;
+    dim3 grid((unsigned)((task.N + QKV_TOKENS - 1) / QKV_TOKENS * 3), (unsigned)heads.groups);
+    auto kernel = config->use_rope ? qkv_forward_kernel<true> : qkv_forward_kernel<false>;
+    kernel<<<grid, heads.threads, 0, stream>>>(log_f, packed, task, rope_table(config));
+    CUDA_CHECK_LAUNCH();
+}
+
+int64_t cuda_qkv_scratch(const FoxConfig *config) {
+    return (int64_t)qkv_parts(config) * (2 * config->hidden_size + round_up(config->num_heads, 4));
+}
+
+void cuda_qkv_backward(bf16 *dpacked, float *dq_norm, float *dk_norm, float *dfgate_bias, float *scratch, const bf16 *dq,
+                       const bf16 *dk, const bf16 *dv, const float *dlog_f, const bf16 *packed, const float *q_rstd,
+                       const float *k_rstd, const PackedLayout *layout, const QkvWeights *weights, const FoxConfig *config, int B,
+                       int T, cudaStream_t stream) {
+    HeadGrid heads = qkv_heads(config);
+    int parts = qkv_parts(config), d = config->hidden_size, H = config->num_heads;
+    QkvTask task = qkv_task(layout, weights, config, &heads, dq, dk, dv, q_rstd, k_rstd, B, T);
+    task.tokens = (task.N + parts - 1) / parts;
+    task.part[0].partials = scratch;
+    task.part[1].partials = scratch + (int64_t)parts * d;
+    float *bias_partials = scratch + (int64_t)parts * 2 * d;
+    auto kernel = config->use_rope ? qkv_backward_kernel<true> : qkv_backward_kernel<false>;
+    kernel<<<dim3((unsigned)parts * 3, (unsigned)heads.groups), heads.threads, 0, stream>>>(dpacked, bias_partials, dlog_f, packed,
+                                                                                         task, rope_table(config));
+    CUDA_CHECK_LAUNCH();
+    if (config->qk_norm) {
+        /* A shared weight sees every head as a row of its own. */
+        int groups = task.shared ? H : 1;
+        sum_partials(dq_norm, task.part[0].partials, (int64_t)parts * groups, d / groups, stream);
+        sum_partials(dk_norm, task.part[1].partials, (int64_t)parts * groups, d / groups, stream);
+    }
+    if (config->use_forget_gate) {
+        sum_partials(dfgate_bias, bias_partials, parts, H, stream);
+    }
+}
+
+#endif
