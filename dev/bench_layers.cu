@@ -1,0 +1,200 @@
+/* Time and bandwidth of every memory-bound kernel of cuda/, beside the rate of a device-to-device copy measured first.
+ *
+ *     nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a dev/bench_layers.cu -o build/bench_layers && build/bench_layers
+ *
+ * One layer of a 760M model and 32768 tokens; 8 GB of device memory, 26 GB for AdamW. Bytes are those that must move:
+ * every input once, every output once. Median of the repetitions, each on data that has left the cache. */
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "../cuda/kernels.cu"
+
+static __global__ void fill_kernel(uint32_t *p, int64_t words, uint32_t seed, int kind) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < words; i += (int64_t)gridDim.x * blockDim.x) {
+        uint64_t x = (uint64_t)i * 0x9e3779b97f4a7c15u + seed;
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+        float u = (float)(x >> 40) * 0x1p-24f, v = (float)(x >> 8 & 0xffffff) * 0x1p-24f;
+        if (kind == 0) {
+            p[i] = __float_as_uint(2 * u - 1);
+        } else if (kind == 1) {
+            __nv_bfloat162 pair = __floats2bfloat162_rn(4 * u - 2, 4 * v - 2);
+            p[i] = *reinterpret_cast<uint32_t *>(&pair);
+        } else {
+            p[i] = (uint32_t)(kind * (u * u * u)); /* tokens below `kind`, the low ones common */
+        }
+    }
+}
+
+enum { FLOATS = 0, BF16 = 1 };
+
+static void *fresh(int64_t bytes, int kind) {
+    void *p;
+    static uint32_t seed;
+    CUDA_CHECK(cudaMalloc(&p, (size_t)bytes));
+    fill_kernel<<<1024, 256>>>((uint32_t *)p, bytes / 4, ++seed, kind);
+    CUDA_CHECK_LAUNCH();
+    return p;
+}
+
+static float *floats(int64_t count) {
+    return (float *)fresh(4 * count, FLOATS);
+}
+
+static bf16 *bf16s(int64_t count) {
+    return (bf16 *)fresh(2 * count, BF16);
+}
+
+static double copy_rate = 0;
+
+/* Prints the median time of `work`, which must move `bytes`. */
+static double bench(const char *name, double bytes, const std::function<void()> &work) {
+    enum { WARM_UP = 3, REPEATS = 15 };
+    std::vector<float> times;
+    cudaEvent_t start, stop;
+    CUDA_CHECK(cudaEventCreate(&start));
+    CUDA_CHECK(cudaEventCreate(&stop));
+    for (int i = 0; i < WARM_UP + REPEATS; i++) {
+        float ms;
+        CUDA_CHECK(cudaEventRecord(start));
+        work();
+        CUDA_CHECK(cudaEventRecord(stop));
+        CUDA_CHECK(cudaEventSynchronize(stop));
+        CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
+        if (i >= WARM_UP) {
+            times.push_back(ms);
+        }
+    }
+    std::sort(times.begin(), times.end());
+    double us = 1e3 * times[REPEATS / 2], rate = bytes / us * 1e-3;
+    printf("%-28s %9.1f us %8.0f MB %7.0f GB/s", name, us, bytes * 1e-6, rate);
+    printf(copy_rate > 0 ? "  %3.0f%% of copy\n" : "\n", 100 * rate / copy_rate);
+    CUDA_CHECK(cudaEventDestroy(start));
+    CUDA_CHECK(cudaEventDestroy(stop));
+    return rate;
+}
+
+static FoxConfig bench_config(bool pro) {
+    FoxConfig c;
+    memset(&c, 0, sizeof c);
+    c.vocab_size = 50257;
+    c.hidden_size = 1536;
+    c.num_heads = 24;
+    c.use_forget_gate = c.use_output_gate = c.use_output_norm = c.qk_norm = c.use_k_shift = c.use_v_shift = pro;
+    c.use_rope = !pro;
+    c.rope_base = 500000;
+    c.norm_eps = 1e-6;
+    return c;
+}
+
+static void bench_stream(int64_t N, int d, int V) {
+    double Nd = (double)N * d;
+    float *x = floats(N * d), *x_out = floats(N * d), *w = floats(d), *rstd = floats(N), *dw = floats(d), *table = floats((int64_t)V * d);
+    float *scratch = floats(cuda_norm_scratch(d));
+    bf16 *branch = bf16s(N * d), *h = bf16s(N * d);
+    int32_t *tokens = (int32_t *)fresh(4 * N, V), *sort = (int32_t *)fresh(4 * cuda_embedding_scratch(N, V), FLOATS);
+    int32_t *same = (int32_t *)fresh(4 * N, 2);
+    CUDA_CHECK(cudaMemset(same, 0, (size_t)(4 * N)));
+    std::vector<int32_t> host((size_t)N), seen((size_t)V, 0);
+    CUDA_CHECK(cudaMemcpy(host.data(), tokens, 4 * (size_t)N, cudaMemcpyDeviceToHost));
+    double used = 0;
+    for (int32_t token : host) {
+        used += seen[(size_t)token]++ == 0;
+    }
+    bench("residual + norm forward", Nd * 12, [&] { cuda_residual_norm_forward(h, rstd, x_out, x, branch, w, N, d, 1e-6f, 0); });
+    bench("norm backward", Nd * 16, [&] { cuda_norm_backward(x_out, h, dw, scratch, branch, x, rstd, w, N, d, 0); });
+    bench("embedding forward", Nd * 8, [&] { cuda_embedding_forward(x, tokens, table, N, d, 0); });
+    bench("embedding backward", Nd * 4 + used * d * 8, [&] { cuda_embedding_backward(table, x, tokens, sort, N, d, V, 0); });
+    bench("  all tokens the same", Nd * 4, [&] { cuda_embedding_backward(table, x, same, sort, N, d, V, 0); });
+    for (void *p : {(void *)x, (void *)x_out, (void *)w, (void *)rstd, (void *)dw, (void *)table, (void *)scratch, (void *)branch,
+                    (void *)h, (void *)tokens, (void *)sort, (void *)same}) {
+        CUDA_CHECK(cudaFree(p));
+    }
+}
+
+static void bench_heads(int B, int T, bool pro) {
+    FoxConfig c = bench_config(pro);
+    int d = c.hidden_size, H = c.num_heads, D = d / H, row = (int)round_up(4 * d + 3 * H, 64);
+    int64_t N = (int64_t)B * T;
+    double Nd = (double)N * d;
+    PackedLayout layout = {0, d, 2 * d, 3 * d, 4 * d, 4 * d + H, 4 * d + 2 * H, 4 * d + 3 * H, row};
+    if (!pro) {
+        layout = {0, d, 2 * d, -1, -1, -1, -1, 3 * d, 3 * d};
+    }
+    bf16 *packed = bf16s(N * row), *dpacked = bf16s(N * row), *q = bf16s(N * d), *k = bf16s(N * d), *v = bf16s(N * d);
+    float *q_rstd = floats(N * H), *k_rstd = floats(N * H), *log_f = floats(N * H), *w = floats(d), *dw = floats(d), *bias = floats(H);
+    float *scratch = floats(cuda_qkv_scratch(&c)), *norm_scratch = floats(cuda_norm_scratch(d));
+    QkvWeights weights = {pro ? w : NULL, pro ? w : NULL, pro ? bias : NULL};
+    bench(pro ? "qkv forward" : "qkv forward (rope)", Nd * 12,
+          [&] { cuda_qkv_forward(q, k, v, q_rstd, k_rstd, log_f, packed, &layout, &weights, &c, B, T, 0); });
+    bench(pro ? "qkv backward" : "qkv backward (rope)", Nd * 18, [&] {
+        cuda_qkv_backward(dpacked, dw, dw, bias, scratch, q, k, v, log_f, packed, q_rstd, k_rstd, &layout, &weights, &c, B, T, 0);
+    });
+    if (pro) {
+        bench("output gate forward", Nd * 6,
+              [&] { cuda_output_gate_forward(q, q_rstd, k, packed, &layout, w, N, H, D, 1e-6f, 0); });
+        bench("output gate backward", Nd * 10, [&] {
+            cuda_output_gate_backward(q, dpacked, dw, norm_scratch, k, v, q_rstd, packed, &layout, w, N, H, D, 0);
+        });
+    }
+    for (void *p : {(void *)packed, (void *)dpacked, (void *)q, (void *)k, (void *)v, (void *)q_rstd, (void *)k_rstd, (void *)log_f,
+                    (void *)w, (void *)dw, (void *)bias, (void *)scratch, (void *)norm_scratch}) {
+        CUDA_CHECK(cudaFree(p));
+    }
+}
+
+static void bench_mlp_and_loss(int64_t N, int F, int V) {
+    int row = (int)round_up(V, 64), chunk = 4096;
+    bf16 *gu = bf16s(N * 2 * F), *dgu = bf16s(N * 2 * F), *out = bf16s(N * F), *logits = bf16s((int64_t)chunk * row);
+    float *losses = floats(chunk);
+    double *sum = (double *)fresh(8, FLOATS);
+    int32_t *targets = (int32_t *)fresh(4 * chunk, V);
+    bench("swiglu forward", (double)N * F * 6, [&] { cuda_swiglu_forward(out, gu, N, F, 0); });
+    bench("swiglu backward", (double)N * F * 10, [&] { cuda_swiglu_backward(dgu, out, gu, N, F, 0); });
+    bench("cross entropy, 4096 rows", (double)chunk * V * 4,
+          [&] { cuda_cross_entropy(losses, sum, logits, targets, chunk, V, row, 1e-4f, 0); });
+    bench("  loss only", (double)chunk * V * 2, [&] { cuda_cross_entropy(losses, sum, logits, targets, chunk, V, row, 0, 0); });
+    for (void *p : {(void *)gu, (void *)dgu, (void *)out, (void *)logits, (void *)losses, (void *)sum, (void *)targets}) {
+        CUDA_CHECK(cudaFree(p));
+    }
+}
+
+static void bench_update(int64_t total) {
+    enum { RANGES = 300 };
+    float *p = floats(total), *m = floats(total), *v = floats(total), *g = floats(total);
+    bf16 *p16 = bf16s(total);
+    double *scratch = (double *)fresh(8 * cuda_norm_squares_scratch(), FLOATS);
+    std::vector<AdamWRange> host;
+    for (int i = 0; i < RANGES; i++) {
+        int64_t start = total / RANGES / 16 * 16 * i, end = i + 1 < RANGES ? total / RANGES / 16 * 16 * (i + 1) : total;
+        host.push_back({start, end - start, (float)(i % 2)});
+    }
+    AdamWRange *ranges = (AdamWRange *)fresh((int64_t)sizeof(AdamWRange) * RANGES, FLOATS);
+    DeviceStats *stats = (DeviceStats *)fresh((int64_t)sizeof(DeviceStats), FLOATS);
+    AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1};
+    CUDA_CHECK(cudaMemcpy(ranges, host.data(), sizeof(AdamWRange) * RANGES, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemset(stats, 0, sizeof *stats));
+    CUDA_CHECK(cudaMemset(v, 0, (size_t)total * 4));
+    bench("gradient norm, 760M", (double)total * 4, [&] { cuda_gradient_norm(stats, scratch, g, total, 1, 0); });
+    bench("AdamW, 760M", (double)total * 34, [&] { cuda_adamw(p, p16, m, v, g, ranges, RANGES, total, &adamw, stats, 0); });
+    bench("float32 to bf16, 760M", (double)total * 6, [&] { cuda_to_bf16(p16, p, total, 0); });
+}
+
+int main(void) {
+    cudaDeviceProp device;
+    int64_t bytes = (int64_t)1 << 30;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
+    char *from = (char *)fresh(bytes, FLOATS), *to = (char *)fresh(bytes, FLOATS);
+    copy_rate = bench("copy", 2.0 * (double)bytes,
+                      [&] { CUDA_CHECK(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice)); });
+    CUDA_CHECK(cudaFree(from));
+    CUDA_CHECK(cudaFree(to));
+    bench_stream(32768, 1536, 50257);
+    bench_heads(2, 16384, true);
+    bench_heads(2, 16384, false);
+    bench_mlp_and_loss(32768, 3584, 50257);
+    bench_update(760000000);
+    return 0;
+}
