@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Gives a checkpoint the forget gates that every speed comparison is made with.
+
+    python3 dev/impose_gates.py CHECKPOINT OUT [--low -1 --high 8.5] [--seed 0]
+
+Copies config.json and model.safetensors of the folder CHECKPOINT to the folder OUT, with new `fgate_proj` tensors:
+the logit x of head h becomes about N(mu_h, 1) over the tokens, mu = linspace(low, high, H), and log f =
+logsigmoid(x). Heads thus forget within a few tokens (h = 0) up to thousands of them (h = H - 1), as trained models'
+heads do, and pruning has about as much to skip. An untrained model would have f = 1/2 everywhere, which prunes nearly
+all of attention.
+
+    bias[h] = mu_h;  weight[h] ~ N(0, 1 / sum_i n_i^2), n the weight of attn_norm
+
+The normed input is n_i times a vector of mean square 1, so the deviation is 1 where its directions are evenly used.
+"""
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+from official import write_checkpoint
+
+
+def impose_gates(tensors, low=-1.0, high=8.5, seed=0):
+    """Replaces the gates' tensors in a dictionary {name: float32 array}; returns their number."""
+    rng = np.random.default_rng(seed)
+    names = sorted(name for name in tensors if name.endswith("attn.fgate_proj.weight"))
+    for name in names:
+        layer = name[:-len("attn.fgate_proj.weight")]
+        norm = np.asarray(tensors[layer + "attn_norm.weight"], dtype=np.float64)
+        heads, width = tensors[name].shape
+        weight = rng.standard_normal((heads, width)) / np.sqrt(np.square(norm).sum())
+        tensors[name] = weight.astype(np.float32)
+        tensors[layer + "attn.fgate_proj.bias"] = np.linspace(low, high, heads).astype(np.float32)
+    return len(names)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--low", type=float, default=-1.0)
+    parser.add_argument("--high", type=float, default=8.5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    import safetensors.numpy
+    tensors = safetensors.numpy.load_file(str(args.checkpoint / "model.safetensors"))
+    layers = impose_gates(tensors, args.low, args.high, args.seed)
+    if layers == 0:
+        raise SystemExit(f"{args.checkpoint}: no layer has a forget gate")
+    write_checkpoint(args.out, json.loads((args.checkpoint / "config.json").read_text()), tensors)
+    print(f"{args.out}: gates of {layers} layers, logits N(mu, 1), mu from {args.low:g} to {args.high:g}")
+
+
+if __name__ == "__main__":
+    main()
