@@ -2,11 +2,13 @@
 #
 #   make CC=clang     another compiler             make MPI=0        without MPI
 #   make OPENMP=0     one thread                   make SANITIZE=1   ASan + UBSan, everything below build/asan/
+#   make CUDA=0       without the GPU              make ARCHS="90a"  only for these chips
 
 CC       := $(if $(filter default,$(origin CC)),gcc,$(CC))
 SANITIZE ?= 0
 MPI      ?= 1
 OPENMP   ?= 1
+CUDA     ?= 1
 FUZZ_SECONDS ?= 60
 FUZZ_CC  ?= clang
 
@@ -38,6 +40,11 @@ MPI_LINK     := $(if $(MPICC),$(shell $(MPICC) --showme:link 2>/dev/null))
 MPI_FLAGS    := $(if $(MPI_LINK),$(call accepts,$(MPI_COMPILE) $(MPI_LINK),mpi.h))
 NVCC         := $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 CUDA_ROOT    := $(if $(NVCC),$(patsubst %/bin/,%,$(dir $(NVCC))))
+# The CUDA back end needs nvcc and cuBLASLt. The sanitizer and fuzzer builds leave it out: they do not know the GPU.
+CUBLASLT     := $(firstword $(wildcard $(foreach root,$(CUDA_ROOT) /usr,$(root)/include/cublasLt.h)))
+USE_CUDA     := $(and $(filter 0,$(SANITIZE)),$(filter-out 0,$(CUDA)),$(NVCC),$(CUBLASLT))
+NVCC_ARCHS   := $(if $(USE_CUDA),$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
+ARCHS        ?= 80 $(if $(filter compute_90,$(NVCC_ARCHS)),90a)
 NCCL         := $(firstword $(wildcard $(foreach root,$(NCCL_HOME) $(CUDA_ROOT) /usr,$(root)/include/nccl.h)))
 
 define FOUND
@@ -47,7 +54,9 @@ MPI       $(if $(MPI_FLAGS),$(MPICC): mpirun starts several ranks,$(if $(filter 
 found): one rank)
 CUDA      $(or $(NVCC),nvcc not found)
 NCCL      $(or $(NCCL),nccl.h not found)
-building  the CPU program (float32)$(if $(NVCC),; nvcc is not used: these sources hold no CUDA back end)
+building  $(if $(USE_CUDA),the CUDA program for $(foreach a,$(ARCHS),sm_$(a)) (bf16; on the CPU in float32 where there is no \
+GPU),the CPU program (float32))$(if $(and $(NVCC),$(filter 0,$(CUDA))),; CUDA is switched off)$(if \
+$(and $(NVCC),$(if $(CUBLASLT),,x)),; nvcc is not used: cublasLt.h not found)
 endef
 # Expanded in every recipe that compiles, shown by the first of them: a build says once what it is made of.
 announce = $(if $(announced),,$(eval announced := yes)$(info $(FOUND)))
@@ -68,17 +77,25 @@ ifneq ($(MPI_FLAGS),)
   CFLAGS_BASE += -DFOX_MPI $(MPI_COMPILE)
   LDLIBS      += $(MPI_LINK)
 endif
-ALL_CFLAGS := $(CFLAGS_BASE) $(OPTIMIZE) $(CFLAGS)
+ifneq ($(USE_CUDA),)
+  CUDA_FLAGS := -DFOX_CUDA -I$(CUDA_ROOT)/include
+  LDLIBS     += -L$(CUDA_ROOT)/lib64 -Wl,-rpath,$(CUDA_ROOT)/lib64 -lcublasLt -lcudart -lstdc++
+  # Code for each chip, and PTX that newer ones compile for themselves.
+  GENCODE    := $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
+  NVCC_FLAGS := -std=c++17 -O3 $(GENCODE) -MMD -MP -Xcompiler -Wall,-Wextra $(CUDA_FLAGS)
+endif
+ALL_CFLAGS := $(CFLAGS_BASE) $(CUDA_FLAGS) $(OPTIMIZE) $(CFLAGS)
 
 # The stamp holds the compiler and the flags, and changes only when they do: objects depend on it.
 STAMP := $(BUILD)/flags
 ifeq ($(filter clean help fuzz fuzz-run,$(MAKECMDGOALS)),)
-  $(shell mkdir -p $(BUILD); printf '%s\n' '$(CC) $(CC_VERSION) $(ALL_CFLAGS) $(LDFLAGS) $(LDLIBS)' > $(STAMP).new; \
+  $(shell mkdir -p $(BUILD); printf '%s\n' '$(CC) $(CC_VERSION) $(ALL_CFLAGS) $(NVCC_FLAGS) $(LDFLAGS) $(LDLIBS)' > $(STAMP).new; \
           cmp -s $(STAMP).new $(STAMP) && rm $(STAMP).new || mv $(STAMP).new $(STAMP))
 endif
 
 # ---- what is built from what
-LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c))
+KERNELS  := $(if $(USE_CUDA),$(patsubst %.cu,$(BUILD)/%.o,$(wildcard cuda/*.cu)))
+LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c $(if $(USE_CUDA),cuda/*.c))) $(KERNELS)
 TESTS    := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox)
 FUZZERS  := $(patsubst fuzz/%.c,$(BUILD)/%,$(wildcard fuzz/fuzz_*.c))
@@ -104,9 +121,10 @@ $(BUILD)/libfox.a: $(LIBRARY)
 compile = $(announce)@mkdir -p $(@D) && echo 'compile   $<' && $(CC) $(ALL_CFLAGS) $(1) -c $< -o $@
 $(BUILD)/%.o: %.c $(STAMP)
 	$(call compile)
-# Without a CUDA back end train_fox.cu is plain C. With one, nvcc compiles it: this is the rule that changes.
-$(BUILD)/%.o: %.cu $(STAMP)
+$(BUILD)/train_fox.o: train_fox.cu $(STAMP) # main() is plain C as well as CUDA C++: the same object with and without nvcc
 	$(call compile,-x c)
+$(BUILD)/cuda/%.o: cuda/%.cu $(STAMP)
+	$(announce)@mkdir -p $(@D) && echo 'compile   $<' && $(NVCC) $(NVCC_FLAGS) -c $< -o $@
 $(STAMP):
 -include $(OBJECTS:.o=.d)
 
@@ -139,5 +157,5 @@ help:
 	@echo 'make bench      speed of the CPU program in tokens/s'
 	@echo 'make fuzz       the fuzzers (clang); make fuzz-run FUZZ_SECONDS=60 runs each of them'
 	@echo 'make clean      removes what make and make demo made'
-	@echo 'Settings: CC=clang, MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
+	@echo 'Settings: CC=clang, CUDA=0, ARCHS="80 90a", MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
 	@echo 'Then: ./make_shards --help, ./train_fox --help'

@@ -12,6 +12,11 @@
 #include "tests/test_acp.h"
 #include "tests/test_checker.h"
 #include "tests/test_checkpoint.h"
+#ifdef FOX_CUDA
+#include "tests/test_cuda_attention.h"
+#include "tests/test_cuda_layers.h"
+#include "tests/test_cuda_model.h"
+#endif
 #include "tests/test_data.h"
 #include "tests/test_fixtures.h"
 #include "tests/test_layers.h"
@@ -30,6 +35,9 @@ static const TestGroup groups[] = {
     {"checker", test_checker},     {"layers", test_layers},       {"fixtures", test_fixtures}, {"acp", test_acp},
     {"data", test_data},           {"options", test_options},     {"files", test_files},       {"checkpoint", test_checkpoint},
     {"tokenizer", test_tokenizer}, {"sampler", test_sampler},     {"runs", test_runs},
+#ifdef FOX_CUDA
+    {"cuda_layers", test_cuda_layers}, {"cuda_attention", test_cuda_attention}, {"cuda_model", test_cuda_model},
+#endif
 };
 
 static int usage(const char *problem) {

@@ -46,7 +46,8 @@ typedef struct Backend {
     const char *name; /* "cpu", "cuda" */
     FoxTable table;   /* of the model; owned by the back end */
     BackendSpec spec;
-    void *self; /* the implementation's own state */
+    double peak_flops; /* matrix products per second that the device is sold for; 0: unknown */
+    void *self;        /* the implementation's own state */
 
     /* Prints the device and the memory that allocate() will take, by purpose. */
     void (*report)(const struct Backend *, FILE *out);

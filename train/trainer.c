@@ -458,6 +458,19 @@ static double count_pruning(Trainer *t) {
     return sums[1] > 0 ? sums[0] / sums[1] : (double)NAN;
 }
 
+/* Floating-point operations of a step that a model needs, forward and backward: 6 for each parameter of a matrix and token
+ * (the embedding is looked up, not multiplied), and 14 * D for each pair of query and key that attention keeps, of which a
+ * causal row of length T has T/2 on average. Recomputation is not counted. */
+static double step_flops(const Trainer *t, double pruned) {
+    const FoxTable *table = &t->backend.table;
+    double matrices = 0, kept = 1 - (pruned == pruned ? pruned : 0);
+    for (int i = 0; i < table->count; i++) {
+        matrices += table->tensors[i].ndim == 2 && i != table->embeddings ? (double)table->tensors[i].size : 0;
+    }
+    double attention = 7.0 * (double)t->options.context * t->config.hidden_size * t->config.num_hidden_layers * kept;
+    return (double)t->options.batch_tokens * (6 * matrices + attention);
+}
+
 static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) {
     StepRecord r;
     memset(&r, 0, sizeof r);
@@ -470,8 +483,11 @@ static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) 
     r.grad_norm = stats->grad_norm;
     r.applied = stats->applied;
     r.seconds = fox_now() - t->step_started;
-    r.mfu = (double)NAN;
     r.pruned = count_pruning(t);
+    r.mfu = (double)NAN; /* unknown */
+    if (t->backend.peak_flops > 0) {
+        r.mfu = step_flops(t, r.pruned) / (r.seconds * t->backend.peak_flops * t->ranks.size);
+    }
     r.gpu_memory = strcmp(t->backend.name, "cuda") == 0 ? t->backend.memory(&t->backend) : -1;
     metrics_step(&t->metrics, &r);
 }
