@@ -6,14 +6,15 @@
  *     place      n into its token's stretch, at its arrival
  *     rank       n again into `sorted`, after the positions of its token that are smaller: now in order
  * Only where a stretch lies depends on the order of threads, never what is in it. Then eight warps take eight tokens for
- * 128 columns: a token with few positions is one warp's, one with many (the commonest words) is shared by all eight.
+ * 256 columns: a token with few positions is one warp's, one with many (the commonest words) is shared by all eight.
  * x, w and their gradients: float [.., d]. Forward moves 8 bytes an element, backward 4, and 8 for each row in use. */
 #ifndef FOX_CUDA_EMBEDDING_CUH
 #define FOX_CUDA_EMBEDDING_CUH
 
 #include "common.cuh"
 
-enum { EMBEDDING_WARPS = 8, EMBEDDING_SHARED = 16 }; /* positions from which a token is shared */
+enum { EMBEDDING_WARPS = 8, EMBEDDING_COLUMNS = 256 }; /* of a block */
+enum { EMBEDDING_SHARED = 16 };                        /* positions from which a token is shared */
 
 static __global__ void embedding_forward_kernel(float *x, const int32_t *tokens, const float *w, int d) {
     const float4 *from = reinterpret_cast<const float4 *>(w + (int64_t)tokens[blockIdx.x] * d);
@@ -28,7 +29,7 @@ static __global__ void embedding_forward_kernel(float *x, const int32_t *tokens,
 struct EmbeddingSort {
     int32_t *taken;             /* [2]: tokens in use, positions given out */
     int32_t *counts, *starts;   /* [V] */
-    int32_t *used;              /* [min(N, V)] tokens */
+    int32_t *used_token, *used_start, *used_count; /* [min(N, V)] */
     int32_t *arrival, *list, *sorted; /* [N] */
 };
 
@@ -42,8 +43,10 @@ static __global__ void embedding_count_kernel(EmbeddingSort sort, const int32_t 
 static __global__ void embedding_segments_kernel(EmbeddingSort sort, int V) {
     int v = blockIdx.x * blockDim.x + threadIdx.x;
     if (v < V && sort.counts[v] > 0) {
-        sort.used[atomicAdd(&sort.taken[0], 1)] = v;
-        sort.starts[v] = atomicAdd(&sort.taken[1], sort.counts[v]);
+        int used = atomicAdd(&sort.taken[0], 1), start = atomicAdd(&sort.taken[1], sort.counts[v]);
+        sort.used_token[used] = v;
+        sort.used_start[used] = sort.starts[v] = start;
+        sort.used_count[used] = sort.counts[v];
     }
 }
 
@@ -72,51 +75,69 @@ static __global__ void embedding_rank_kernel(EmbeddingSort sort, const int32_t *
     }
 }
 
-/* Sum of dx over positions[first], positions[first + step], .. below count, four columns a lane. */
-static __device__ __forceinline__ float4 embedding_sum(const float *dx, const int32_t *positions, int first, int step, int count,
-                                                       int d) {
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
+/* The columns of a lane: four, and four more 128 further on. */
+struct EmbeddingSum {
+    float4 low, high;
+};
+
+static __device__ __forceinline__ void add4(float4 &sum, float4 x) {
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+}
+
+static __device__ __forceinline__ EmbeddingSum load_row(const float *row, bool low, bool high) {
+    const float4 zero = make_float4(0, 0, 0, 0);
+    return {low ? *reinterpret_cast<const float4 *>(row) : zero, high ? *reinterpret_cast<const float4 *>(row + 128) : zero};
+}
+
+/* sum += dx at positions[first], positions[first + step], .. below count. */
+static __device__ __forceinline__ void embedding_sum(EmbeddingSum &sum, const float *dx, const int32_t *positions, int first, int step,
+                                                     int count, int d, bool low, bool high) {
+#pragma unroll 4
     for (int i = first; i < count; i += step) {
-        float4 x = *reinterpret_cast<const float4 *>(dx + (int64_t)positions[i] * d);
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        EmbeddingSum x = load_row(dx + (int64_t)positions[i] * d, low, high);
+        add4(sum.low, x.low);
+        add4(sum.high, x.high);
     }
-    return sum;
 }
 
-static __device__ __forceinline__ void add_to(float *p, float4 x) {
-    float4 *to = reinterpret_cast<float4 *>(p), y = *to;
-    *to = make_float4(y.x + x.x, y.y + x.y, y.z + x.z, y.w + x.w);
+static __device__ __forceinline__ void store_row(float *row, const EmbeddingSum &sum, bool low, bool high) {
+    if (low) {
+        *reinterpret_cast<float4 *>(row) = sum.low;
+    }
+    if (high) {
+        *reinterpret_cast<float4 *>(row + 128) = sum.high;
+    }
 }
 
-/* blockIdx.y: 128 columns; each block takes eight of the tokens in use at a time. */
+/* blockIdx.y: EMBEDDING_COLUMNS columns; each block takes eight of the tokens in use at a time. */
 static __global__ void embedding_backward_kernel(float *dw, const float *dx, EmbeddingSort sort, int d) {
-    __shared__ float4 sums[EMBEDDING_WARPS][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.y * 128 + 4 * lane, used = sort.taken[0];
-    bool active = column < d;
-    for (int first = blockIdx.x; first < used; first += gridDim.x * EMBEDDING_WARPS) {
-        int mine = first + warp * gridDim.x;
-        if (mine < used && active) {
-            int token = sort.used[mine], count = sort.counts[token];
-            if (count < EMBEDDING_SHARED) {
-                add_to(dw + (int64_t)token * d + column, embedding_sum(dx + column, sort.sorted + sort.starts[token], 0, 1, count, d));
-            }
+    __shared__ EmbeddingSum sums[EMBEDDING_WARPS][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.y * EMBEDDING_COLUMNS + 4 * lane;
+    int used = sort.taken[0], stride = gridDim.x;
+    bool low = column < d, high = column + 128 < d;
+    for (int first = blockIdx.x; first < used; first += stride * EMBEDDING_WARPS) {
+        int mine = first + warp * stride, count = mine < used ? sort.used_count[mine] : 0;
+        if (count > 0 && count < EMBEDDING_SHARED) {
+            float *row = dw + (int64_t)sort.used_token[mine] * d + column;
+            EmbeddingSum sum = load_row(row, low, high);
+            embedding_sum(sum, dx + column, sort.sorted + sort.used_start[mine], 0, 1, count, d, low, high);
+            store_row(row, sum, low, high);
         }
-        for (int i = first; i < used && i < first + (int)gridDim.x * EMBEDDING_WARPS; i += gridDim.x) {
-            int token = sort.used[i], count = sort.counts[token];
-            if (count >= EMBEDDING_SHARED) { /* the same for the whole block */
-                if (active) {
-                    sums[warp][lane] =
-                        embedding_sum(dx + column, sort.sorted + sort.starts[token], warp, EMBEDDING_WARPS, count, d);
-                }
+        for (int w = 0; w < EMBEDDING_WARPS && first + w * stride < used; w++) {
+            int i = first + w * stride;
+            count = sort.used_count[i]; /* the same for the whole block */
+            if (count >= EMBEDDING_SHARED) {
+                float *row = dw + (int64_t)sort.used_token[i] * d + column;
+                EmbeddingSum sum = load_row(row, low && warp == 0, high && warp == 0);
+                embedding_sum(sum, dx + column, sort.sorted + sort.used_start[i], warp, EMBEDDING_WARPS, count, d, low, high);
+                sums[warp][lane] = sum;
                 __syncthreads();
-                if (warp == 0 && active) {
-                    float4 sum = sums[0][lane];
-                    for (int w = 1; w < EMBEDDING_WARPS; w++) {
-                        float4 x = sums[w][lane];
-                        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+                if (warp == 0) {
+                    for (int other = 1; other < EMBEDDING_WARPS; other++) {
+                        add4(sum.low, sums[other][lane].low);
+                        add4(sum.high, sums[other][lane].high);
                     }
-                    add_to(dw + (int64_t)token * d + column, sum);
+                    store_row(row, sum, low, high);
                 }
                 __syncthreads();
             }
@@ -133,7 +154,7 @@ void cuda_embedding_forward(float *x, const int32_t *tokens, const float *w, int
 }
 
 int64_t cuda_embedding_scratch(int64_t N, int V) {
-    return 2 + 2 * (int64_t)V + fox_min64(N, V) + 3 * N;
+    return 2 + 2 * (int64_t)V + 3 * fox_min64(N, V) + 3 * N;
 }
 
 static inline EmbeddingSort embedding_sort(int32_t *scratch, int64_t N, int V) {
@@ -141,8 +162,10 @@ static inline EmbeddingSort embedding_sort(int32_t *scratch, int64_t N, int V) {
     sort.taken = scratch;
     sort.counts = sort.taken + 2;
     sort.starts = sort.counts + V;
-    sort.used = sort.starts + V;
-    sort.arrival = sort.used + fox_min64(N, V);
+    sort.used_token = sort.starts + V;
+    sort.used_start = sort.used_token + fox_min64(N, V);
+    sort.used_count = sort.used_start + fox_min64(N, V);
+    sort.arrival = sort.used_count + fox_min64(N, V);
     sort.list = sort.arrival + N;
     sort.sorted = sort.list + N;
     return sort;
@@ -153,7 +176,7 @@ void cuda_embedding_backward(float *dw, const float *dx, const int32_t *tokens, 
     CUDA_REQUIRE(d % 4 == 0 && d > 0, "the width must be a multiple of 4");
     CUDA_REQUIRE(N < (int64_t)1 << 26, "too many tokens at once");
     EmbeddingSort sort = embedding_sort(scratch, N, V);
-    unsigned blocks = (unsigned)((N + 255) / 256), columns = (unsigned)((d + 127) / 128);
+    unsigned blocks = (unsigned)((N + 255) / 256), columns = (unsigned)((d + EMBEDDING_COLUMNS - 1) / EMBEDDING_COLUMNS);
     CUDA_CHECK(cudaMemsetAsync(scratch, 0, sizeof(int32_t) * (size_t)(2 + V), stream));
     embedding_count_kernel<<<blocks, 256, 0, stream>>>(sort, tokens, N);
     CUDA_CHECK_LAUNCH();

@@ -36,8 +36,11 @@ static __global__ void residual_norm_forward_kernel(bf16 *h, float *rstd, float 
     __shared__ float shared[NORM_ROWS][32];
     int column = 8 * threadIdx.x;
     int64_t first = (int64_t)blockIdx.x * NORM_ROWS;
-    float value[NORM_ROWS][8] = {}, sum[NORM_ROWS] = {};
+    float value[NORM_ROWS][8] = {}, weight[8] = {}, sum[NORM_ROWS] = {};
     Bf16x8 add[NORM_ROWS];
+    if (column < d) {
+        load8(weight, w + column);
+    }
 #pragma unroll
     for (int r = 0; r < NORM_ROWS; r++) {
         bool wanted = column < d && first + r < N;
@@ -60,8 +63,6 @@ static __global__ void residual_norm_forward_kernel(bf16 *h, float *rstd, float 
     if (column >= d) {
         return;
     }
-    float weight[8];
-    load8(weight, w + column);
 #pragma unroll
     for (int r = 0; r < NORM_ROWS; r++) {
         int64_t n = first + r;

@@ -65,6 +65,11 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
     }
 }
 
+struct GateToken {
+    Bf16x8 dout, o, gate;
+    float rstd;
+};
+
 /* Tokens blockIdx.x, + gridDim.x, ..; the block's sums of dw go to its row of partials. */
 static __global__ void __launch_bounds__(HEAD_THREADS)
     output_gate_backward_kernel(bf16 *d_o, bf16 *dgate, float *partials, const bf16 *dout, const bf16 *o, const float *rstd,
@@ -74,14 +79,21 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
     if (w != NULL && at.active) {
         load8(weight, w + at.column);
     }
-#pragma unroll 2
+    auto load = [&](int64_t n) { /* one token ahead of the arithmetic */
+        bool wanted = at.active && n < N;
+        int64_t place = n * H * D + at.column;
+        return GateToken{load_raw8(dout + place, wanted), load_raw8(o + place, wanted),
+                         load_raw8(gate + n * row + at.column, wanted && gate != NULL),
+                         w != NULL && wanted ? rstd[n * H + at.head] : 1};
+    };
+    GateToken next = load(blockIdx.x);
     for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
         int64_t place = n * H * D + at.column;
-        float x[8], dy[8], g[8];
-        unpack8(dy, load_raw8(dout + place, at.active));
-        unpack8(x, load_raw8(o + place, at.active));
-        unpack8(g, load_raw8(gate + n * row + at.column, at.active && gate != NULL));
-        float scale = w != NULL && at.active ? rstd[n * H + at.head] : 1;
+        float x[8], dy[8], g[8], scale = next.rstd;
+        unpack8(dy, next.dout);
+        unpack8(x, next.o);
+        unpack8(g, next.gate);
+        next = load(n + gridDim.x);
         if (gate != NULL) {
 #pragma unroll
             for (int i = 0; i < 8; i++) {

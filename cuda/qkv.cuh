@@ -25,23 +25,23 @@ struct RopeTable {
 };
 
 struct QkvPart {
-    int column, shift;  /* in a packed row: of the first head, of the shift's logits (-1: no shift) */
-    const float *norm;  /* weights or NULL */
-    float *rstd;        /* [N, H] */
-    bf16 *y;            /* [N, d]: the result, or in backward its gradient */
-    float *partials;    /* backward: [parts, d] of the norm's weights */
-    bool rotates;
+    int column; /* of the first head in a packed row */
+    int logit;  /* column of the first head's logit: of the shift (k, v) or the forget gate (q); -1: none */
+    bool shifts, rotates;
+    const float *norm; /* weights or NULL */
+    float *rstd;       /* [N, H] */
+    bf16 *y;           /* [N, d]: the result, or in backward its gradient */
+    float *partials;   /* backward: [parts, d] of the norm's weights */
 };
 
 /* Everything a launch needs besides the big pointers. */
 struct QkvTask {
-    QkvPart part[3];
-    int fgate, columns, row; /* of the packed layout */
+    QkvPart part[3];   /* q, k, v */
+    int columns, row;  /* of the packed layout */
     const float *fgate_bias;
     bool shared; /* one norm weight for all heads */
-    int64_t N;
-    int T, H, D, lanes;
-    int64_t tokens; /* of a block */
+    int N, T, H, D, lanes;
+    int tokens; /* of a block */
 };
 
 /* Turns the pairs (x[i], x[i + D/2]) of a head by position * base^(-2i/D); direction -1 turns back. */
@@ -58,13 +58,23 @@ static __device__ __forceinline__ void rotate_head(float x[8], const RopeTable &
     }
 }
 
-/* sigmoid of a token's shift logit; 0 without shift, which leaves everything as it is. */
-static __device__ __forceinline__ float shift_gate(const bf16 *packed_row, const QkvPart &part, const HeadLane &at) {
-    return part.shift >= 0 && at.active ? device_sigmoid(__bfloat162float(packed_row[part.shift + at.head])) : 0;
-}
-
 static __device__ __forceinline__ float log_sigmoid(float x) {
     return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
+}
+
+/* Place of (sequence, head, t) in an array [B, H, T], for a head, token by token. */
+static __device__ __forceinline__ int64_t log_f_next(int64_t place, int t, const QkvTask &task) {
+    return place + 1 + (t + 1 < task.T ? 0 : (int64_t)(task.H - 1) * task.T);
+}
+
+/* What a token brings; loaded one token ahead, so that the next one's way through memory hides behind the arithmetic. */
+struct QkvToken {
+    Bf16x8 z, dy;
+    float logit, rstd, dlog_f;
+};
+
+static __device__ __forceinline__ float load_logit(const bf16 *packed_row, const QkvPart &part, const HeadLane &at, bool wanted) {
+    return wanted && at.active && part.logit >= 0 ? __bfloat162float(packed_row[part.logit + at.head]) : 0;
 }
 
 template <bool ROPE>
@@ -73,19 +83,27 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
                        const __grid_constant__ RopeTable table) {
     HeadLane at = head_lane(task.lanes, task.H, task.D);
     const QkvPart &part = task.part[blockIdx.x % 3];
-    int64_t first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N);
-    int t = (int)(first % task.T), d = task.H * task.D;
-    const bf16 *z = packed + first * task.row + part.column + at.column;
-    Bf16x8 before = load_raw8(z - task.row, at.active && t > 0 && part.shift >= 0), next = load_raw8(z, at.active);
-    for (int64_t n = first; n < end; n++) {
-        const bf16 *packed_row = packed + n * task.row;
-        Bf16x8 here = next;
-        z += task.row;
-        next = load_raw8(z, at.active && n + 1 < end);
-        float x[8];
+    int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T, d = task.H * task.D;
+    int64_t place = ((int64_t)(first / task.T) * task.H + at.head) * task.T + t;
+    bool gate = blockIdx.x % 3 == 0 && at.leader;
+    float weight[8] = {}, bias = gate && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
+    const bf16 *row = packed + (int64_t)first * task.row;
+    Bf16x8 before = load_raw8(row - task.row + part.column + at.column, at.active && t > 0 && part.shifts);
+    QkvToken next;
+    next.z = load_raw8(row + part.column + at.column, at.active);
+    next.logit = load_logit(row, part, at, true);
+    if (part.norm != NULL && at.active) {
+        load8(weight, part.norm + (task.shared ? at.within : at.column));
+    }
+    for (int n = first; n < end; n++) {
+        Bf16x8 here = next.z;
+        float logit = next.logit, x[8];
+        row += task.row;
+        next.z = load_raw8(row + part.column + at.column, at.active && n + 1 < end);
+        next.logit = load_logit(row, part, at, n + 1 < end);
         unpack8(x, here);
-        if (part.shift >= 0) {
-            float a = shift_gate(packed_row, part, at), old[8];
+        if (part.shifts) {
+            float a = device_sigmoid(logit), old[8];
             unpack8(old, before);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -94,10 +112,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
             before = here;
         }
         if (part.norm != NULL) {
-            float sum = 0, weight[8] = {};
-            if (at.active) {
-                load8(weight, part.norm + (task.shared ? at.within : at.column));
-            }
+            float sum = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 sum += x[i] * x[i];
@@ -108,86 +123,86 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
                 x[i] *= scale * weight[i];
             }
             if (at.leader) {
-                part.rstd[n * task.H + at.head] = scale;
+                part.rstd[(int64_t)n * task.H + at.head] = scale;
             }
         }
         if (ROPE && part.rotates) {
             rotate_head(x, table, at, task.D, task.lanes, t, 1);
         }
         if (at.active) {
-            store8(part.y + n * d + at.column, x);
+            store8(part.y + (int64_t)n * d + at.column, x);
         }
-        if (at.leader && blockIdx.x % 3 == 0) {
-            float f = task.fgate < 0 ? 0
-                                     : log_sigmoid(__bfloat162float(packed_row[task.fgate + at.head]) + task.fgate_bias[at.head]);
-            log_f[(n / task.T * task.H + at.head) * task.T + t] = f;
+        if (gate) {
+            log_f[place] = part.logit >= 0 ? log_sigmoid(logit + bias) : 0;
         }
+        place = log_f_next(place, t, task);
         t = t + 1 < task.T ? t + 1 : 0;
     }
 }
 
-/* dlogit of the forget gate of token n, returned; written to dpacked. The padding after the last column becomes zero. */
-static __device__ __forceinline__ float gate_backward(bf16 *dpacked_row, const bf16 *packed_row, const float *dlog_f, int64_t n, int t,
-                                                      const QkvTask &task, const HeadLane &at) {
-    float grad = 0;
-    if (at.leader && task.fgate >= 0) {
-        float logit = __bfloat162float(packed_row[task.fgate + at.head]) + task.fgate_bias[at.head];
-        grad = dlog_f[(n / task.T * task.H + at.head) * task.T + t] / (1.0f + expf(logit));
-        dpacked_row[task.fgate + at.head] = __float2bfloat16(grad);
-    }
-    if (blockIdx.y == 0) {
-        for (int c = task.columns + threadIdx.x; c < task.row; c += blockDim.x) {
-            dpacked_row[c] = __float2bfloat16(0.0f);
-        }
-    }
-    return grad;
+/* Token n of a part for the backward pass; zeros where not wanted. */
+static __device__ __forceinline__ QkvToken load_token(const QkvTask &task, const QkvPart &part, const HeadLane &at,
+                                                      const bf16 *packed, const float *dlog_f, int n, bool wanted) {
+    QkvToken token;
+    const bf16 *row = packed + (int64_t)n * task.row;
+    token.z = load_raw8(row + part.column + at.column, at.active && wanted);
+    token.dy = load_raw8(part.y + (int64_t)n * task.H * task.D + at.column, at.active && wanted);
+    token.logit = load_logit(row, part, at, wanted);
+    token.rstd = at.active && wanted && part.norm != NULL ? part.rstd[(int64_t)n * task.H + at.head] : 0;
+    token.dlog_f = at.leader && wanted && dlog_f != NULL ? *dlog_f : 0;
+    return token;
 }
 
-/* y of a part holds dy. bias_partials: [parts, H]. */
+/* y of a part holds dy. dlog_f: NULL without forget gate. bias_partials: [parts, H]. */
 template <bool ROPE>
-static __global__ void __launch_bounds__(HEAD_THREADS)
+static __global__ void __launch_bounds__(HEAD_THREADS, 3)
     qkv_backward_kernel(bf16 *dpacked, float *bias_partials, const float *dlog_f, const bf16 *packed,
                         const __grid_constant__ QkvTask task, const __grid_constant__ RopeTable table) {
     HeadLane at = head_lane(task.lanes, task.H, task.D);
     const QkvPart &part = task.part[blockIdx.x % 3];
-    bool shifts = part.shift >= 0;
-    int64_t first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N);
-    int t = (int)(first % task.T), d = task.H * task.D;
-    float carry[8] = {}, dw[8] = {}, dbias = 0;
-    Bf16x8 before = load_raw8(packed + (first - 1) * task.row + part.column + at.column, at.active && t > 0 && first < end && shifts);
-    for (int64_t n = first; n <= end && first < end; n++) {
-        bool mine = n < end, known = mine || (shifts && n < task.N && t > 0);
-        const bf16 *packed_row = packed + n * task.row;
-        Bf16x8 here = load_raw8(packed_row + part.column + at.column, at.active && known);
-        float g[8], a = known ? shift_gate(packed_row, part, at) : 0, m[8], z[8];
-        unpack8(g, load_raw8(part.y + n * d + at.column, at.active && known));
-        unpack8(z, here);
+    int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T, d = task.H * task.D;
+    bool gate = blockIdx.x % 3 == 0;
+    float carry[8] = {}, dw[8] = {}, dbias = 0, bias = gate && at.leader && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
+    const float *norm = part.norm + (task.shared ? at.within : at.column);
+    const float *dlog = gate && dlog_f != NULL ? dlog_f + ((int64_t)(first / task.T) * task.H + at.head) * task.T + t : NULL;
+    Bf16x8 before = load_raw8(packed + ((int64_t)first - 1) * task.row + part.column + at.column,
+                              at.active && t > 0 && first < end && part.shifts);
+    QkvToken next = load_token(task, part, at, packed, dlog, first, first < end);
+    for (int n = first; n <= end && first < end; n++) {
+        QkvToken token = next;
+        int t_next = t + 1 < task.T ? t + 1 : 0;
+        if (dlog != NULL) {
+            dlog += log_f_next(0, t, task);
+        }
+        next = load_token(task, part, at, packed, dlog, n + 1, n + 1 < end || (n + 1 == end && part.shifts && t_next > 0));
+        float g[8], m[8], z[8], a = part.shifts ? device_sigmoid(token.logit) : 0;
+        unpack8(g, token.dy);
+        unpack8(z, token.z);
         unpack8(m, before);
+        before = token.z;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            m[i] = shifts && t > 0 ? m[i] : 0; /* now z[t-1], then z[t-1] - z[t] */
-            m[i] -= z[i];
+            m[i] = (part.shifts && t > 0 ? m[i] : 0) - z[i]; /* z[t-1] - z[t] */
         }
-        before = here;
         if (ROPE && part.rotates) {
             rotate_head(g, table, at, task.D, task.lanes, t, -1);
         }
         if (part.norm != NULL) {
-            float scale = at.active && known ? part.rstd[n * task.H + at.head] : 0, dot = 0, weight[8] = {};
+            float dot = 0, weight[8] = {}, counts = n < end ? token.rstd : 0;
             if (at.active) {
-                load8(weight, part.norm + (task.shared ? at.within : at.column));
+                load8(weight, norm);
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 float mixed = z[i] + a * m[i];
-                dw[i] += mine ? g[i] * mixed * scale : 0;
+                dw[i] += g[i] * mixed * counts;
                 g[i] *= weight[i];
                 dot += g[i] * mixed;
             }
-            dot = team_sum(dot, task.lanes) * scale * scale / (float)task.D;
+            dot = team_sum(dot, task.lanes) * token.rstd * token.rstd / (float)task.D;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                g[i] = scale * (g[i] - (z[i] + a * m[i]) * dot);
+                g[i] = token.rstd * (g[i] - (z[i] + a * m[i]) * dot);
             }
         }
         if (at.active && n > first) {
@@ -196,12 +211,13 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
             for (int i = 0; i < 8; i++) {
                 carry[i] += spill * g[i];
             }
-            store8(dpacked + (n - 1) * task.row + part.column + at.column, carry);
+            store8(dpacked + (int64_t)(n - 1) * task.row + part.column + at.column, carry);
         }
-        if (!mine) {
+        if (n == end) {
             break;
         }
-        if (shifts) {
+        bf16 *drow = dpacked + (int64_t)n * task.row;
+        if (part.shifts) {
             float dot = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -209,22 +225,29 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
             }
             dot = team_sum(dot, task.lanes);
             if (at.leader) {
-                dpacked[n * task.row + part.shift + at.head] = __float2bfloat16(a * (1 - a) * dot);
+                drow[part.logit + at.head] = __float2bfloat16(a * (1 - a) * dot);
             }
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             carry[i] = (1 - a) * g[i];
         }
-        if (blockIdx.x % 3 == 0) {
-            dbias += gate_backward(dpacked + n * task.row, packed_row, dlog_f, n, t, task, at);
+        if (gate && at.leader && part.logit >= 0) {
+            float grad = token.dlog_f / (1.0f + expf(token.logit + bias));
+            drow[part.logit + at.head] = __float2bfloat16(grad);
+            dbias += grad;
         }
-        t = t + 1 < task.T ? t + 1 : 0;
+        if (gate && blockIdx.y == 0) { /* padding */
+            for (int c = task.columns + threadIdx.x; c < task.row; c += blockDim.x) {
+                drow[c] = __float2bfloat16(0.0f);
+            }
+        }
+        t = t_next;
     }
     if (part.norm != NULL && at.active) {
         store8(part.partials + (int64_t)(blockIdx.x / 3) * d + at.column, dw);
     }
-    if (blockIdx.x % 3 == 0 && at.leader) {
+    if (gate && at.leader) {
         bias_partials[(int64_t)(blockIdx.x / 3) * task.H + at.head] = dbias;
     }
 }
@@ -236,17 +259,18 @@ static inline QkvTask qkv_task(const PackedLayout *layout, const QkvWeights *wei
                                const bf16 *q, const bf16 *k, const bf16 *v, const float *q_rstd, const float *k_rstd, int B, int T) {
     CUDA_REQUIRE(layout->q % 8 == 0 && layout->k % 8 == 0 && layout->v % 8 == 0 && layout->row % 8 == 0,
                  "q, k, v and the rows of the packed product must start at multiples of 8");
+    CUDA_REQUIRE((int64_t)B * T < (int64_t)1 << 30, "too many tokens at once");
     QkvTask task;
     memset(&task, 0, sizeof task);
-    task.part[0] = {layout->q, -1, weights->q_norm, (float *)q_rstd, (bf16 *)q, NULL, config->use_rope};
-    task.part[1] = {layout->k, layout->k_shift, weights->k_norm, (float *)k_rstd, (bf16 *)k, NULL, config->use_rope};
-    task.part[2] = {layout->v, layout->v_shift, NULL, NULL, (bf16 *)v, NULL, false};
-    task.fgate = layout->fgate;
+    bool rope = config->use_rope;
+    task.part[0] = {layout->q, layout->fgate, false, rope, weights->q_norm, (float *)q_rstd, (bf16 *)q, NULL};
+    task.part[1] = {layout->k, layout->k_shift, layout->k_shift >= 0, rope, weights->k_norm, (float *)k_rstd, (bf16 *)k, NULL};
+    task.part[2] = {layout->v, layout->v_shift, layout->v_shift >= 0, false, NULL, NULL, (bf16 *)v, NULL};
     task.columns = layout->columns;
     task.row = layout->row;
     task.fgate_bias = weights->fgate_bias;
     task.shared = config->qk_norm_share_param_across_head;
-    task.N = (int64_t)B * T;
+    task.N = B * T;
     task.T = T;
     task.H = config->num_heads;
     task.D = config->hidden_size / config->num_heads;
@@ -301,8 +325,9 @@ void cuda_qkv_backward(bf16 *dpacked, float *dq_norm, float *dk_norm, float *dfg
     task.part[1].partials = scratch + (int64_t)parts * d;
     float *bias_partials = scratch + (int64_t)parts * 2 * d;
     auto kernel = config->use_rope ? qkv_backward_kernel<true> : qkv_backward_kernel<false>;
-    kernel<<<dim3((unsigned)parts * 3, (unsigned)heads.groups), heads.threads, 0, stream>>>(dpacked, bias_partials, dlog_f, packed,
-                                                                                         task, rope_table(config));
+    dim3 grid((unsigned)parts * 3, (unsigned)heads.groups);
+    kernel<<<grid, heads.threads, 0, stream>>>(dpacked, bias_partials, config->use_forget_gate ? dlog_f : NULL, packed, task,
+                                               rope_table(config));
     CUDA_CHECK_LAUNCH();
     if (config->qk_norm) {
         /* A shared weight sees every head as a row of its own. */

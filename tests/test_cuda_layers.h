@@ -13,6 +13,7 @@ enum { GPU_GUARD = 256, GPU_BUFFERS = 40 };
 
 /* Tolerances of ||out - ref|| / ||ref||: bf16 has 8 bits, sums of float32 have 20. */
 #define GPU_BF16 3e-3
+#define GPU_BF16_ALONE 4e-3 /* one value alone is rounded by up to 2^-8 */
 #define GPU_FLOAT 1e-5
 
 /* Device memory of one case. Every buffer lies between guards; all bytes start as 0xff, which is NaN. */
@@ -96,6 +97,7 @@ static float from_bf16_host(bf16 x) {
 
 static bf16 *gpu_bf16(Gpu *g, const float *host, int64_t count) {
     bf16 *rounded = FOX_NEW(bf16, count);
+#pragma omp parallel for if (count > 100000)
     for (int64_t i = 0; i < count; i++) {
         rounded[i] = to_bf16_host(host[i]);
     }
@@ -187,6 +189,7 @@ static uint64_t gpu_end(Gpu *g) {
 static float *gpu_random(Gpu *g, int64_t count, double mean, double deviation) {
     float *x = FOX_NEW(float, count);
     uint64_t seed = g->seed++;
+#pragma omp parallel for if (count > 100000)
     for (int64_t i = 0; i < count; i++) {
         x[i] = (float)(mean + deviation * 3.4641016 * (fox_uniform(seed, (uint64_t)i) - 0.5));
     }
@@ -476,7 +479,8 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         if (parts[i].column >= 0) {
             packed_columns(dpacked, &p, parts[i].column, ours, N, parts[i].width, false);
-            gpu_compare(&g, worst, parts[i].name, gpu_error(ours, parts[i].ref, N * parts[i].width), GPU_BF16);
+            gpu_compare(&g, worst, parts[i].name, gpu_error(ours, parts[i].ref, N * parts[i].width),
+                        N * parts[i].width < 50 ? GPU_BF16_ALONE : GPU_BF16);
         }
     }
     bool padding = true, gate = true;
@@ -754,7 +758,8 @@ static void test_cuda_layers(Tests *t) {
     }
     gpu_cases(t, "norm", cuda_norm_case, shapes, count, 2);
     gpu_cases(t, "embedding", cuda_embedding_case, shapes, count, 3);
-    gpu_cases(t, "qkv", cuda_qkv_case, shapes, count, t->quick ? 2 : 6);
+    gpu_cases(t, "qkv", cuda_qkv_case, shapes, all - 2, t->quick ? 2 : 8);
+    gpu_cases(t, "qkv, T = 4097", cuda_qkv_case, shapes + all - 2, 2, t->quick ? 0 : 2);
     gpu_cases(t, "rope at 131072", cuda_rope_case, &far_away, 1, 1);
     gpu_cases(t, "output gate", cuda_output_gate_case, shapes, count, 3);
     gpu_cases(t, "swiglu", cuda_swiglu_case, shapes, count, 2);
