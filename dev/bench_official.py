@@ -35,6 +35,7 @@ from impose_gates import impose_gates
 
 VOCAB_SIZE = 50257
 RATE = 1e-8
+EMBEDDING_SCALE = 1000.0  # keeps the gates' logits spread in every layer: see impose_gates.py
 BYTES_PER_GIB = 2 ** 30
 
 
@@ -47,7 +48,7 @@ def write_start(code, preset, folder, tokens, seed=0):
     tensors = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
     keys["intermediate_size"] = tensors["model.layers.0.mlp.down_proj.weight"].shape[1]
     del model
-    impose_gates(tensors, seed=seed)
+    impose_gates(tensors, seed=seed, embedding_scale=EMBEDDING_SCALE)
     official.write_checkpoint(folder / "checkpoint", keys, tensors)
     rng = np.random.default_rng(seed)
     official.write_shard(folder / "random_train.bin", rng.integers(0, VOCAB_SIZE, tokens), VOCAB_SIZE)

@@ -23,8 +23,8 @@ Truth, the yardstick for the bf16 back end. A fixture holds weights, tokens, los
 official model under bf16 autocast runs the same case, and how far it is off is written as JSON: per gradient ||g -
 ref|| / ||ref||; for the losses of the tokens the same ratio, the largest difference, and the difference of the mean.
 `float32` says how well the official float32 run repeats the fixture. One case is one draw of rounding errors, so it
-is drawn again a few times with weights that differ by 1e-3 of themselves, each against its own float32 run: `median`
-and `largest` of these.
+is drawn again a few times with weights that differ by 1e-3 of themselves, each against its own float32 run: `median` of these, and `largest` of
+these and the case itself.
 """
 import argparse
 import json
@@ -155,7 +155,8 @@ def truth(code, path, acp, scratch):
                 noise = code.torch.randn(p.shape, generator=generator, device="cuda")
                 p.copy_(start[name] * (1 + 1e-3 * noise))
         draws.append(errors(*run("bf16"), *run("float32")))
-    result.update(draws=REDRAWS, median=summarize(draws, np.median), largest=summarize(draws, np.max))
+    result.update(redraws=REDRAWS, median=summarize(draws, np.median),
+                  largest=summarize(draws + [result["bf16"]], np.max))
     worst = max(result["bf16"]["gradients"], key=result["bf16"]["gradients"].get)
     print(f"{path}{', acp' if acp else ''}: official float32 off by {exact['loss_largest']:.1e} in the losses, "
           f"{max(exact['gradients'].values()):.1e} in the gradients; official bf16 "
