@@ -299,14 +299,13 @@ static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
     int64_t bh = blockIdx.y;
     int column = threadIdx.x % LANES * 8;
     float q2 = 0, k2 = 0;
+#pragma unroll 8
     for (int r = threadIdx.x / LANES; r < ACP_BLOCK; r += ROWS) {
-        int t = blockIdx.x * ACP_BLOCK + r;
-        float q[8] = {0}, k[8] = {0};
-        if (t < in.T) {
-            int64_t at = acp_row<D>(bh, t, in.T, in.H, in.stride) + column;
-            load8(q, in.q + at);
-            load8(k, in.k + at);
-        }
+        int t = min(blockIdx.x * ACP_BLOCK + r, in.T - 1); /* rows beyond the end repeat the last */
+        int64_t at = acp_row<D>(bh, t, in.T, in.H, in.stride) + column;
+        float q[8], k[8];
+        load8(q, in.q + at);
+        load8(k, in.k + at);
         q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
         k2 = fmaxf(k2, acp_row_sum<D>(acp_dot8(k, k)));
     }
@@ -329,11 +328,10 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
     weight[tid] = start + tid <= last ? expf((float)(c[last] - c[start + tid])) : 0.0f;
     __syncthreads();
     float sum[8] = {0}, k2 = 0;
+#pragma unroll 8
     for (int r = tid / LANES; r < ACP_BLOCK; r += ROWS) {
-        float k[8] = {0};
-        if (start + r <= last) {
-            load8(k, in.k + acp_row<D>(bh, start + r, in.T, in.H, in.stride) + tid % LANES * 8);
-        }
+        float k[8];
+        load8(k, in.k + acp_row<D>(bh, min(start + r, last), in.T, in.H, in.stride) + tid % LANES * 8);
         k2 = fmaxf(k2, acp_row_sum<D>(acp_dot8(k, k)));
         for (int i = 0; i < 8; i++) {
             sum[i] = fmaf(weight[r], k[i], sum[i]);
@@ -405,22 +403,19 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
     }
     __syncthreads();
     float rho = -INFINITY, q2 = 0;
+#pragma unroll 8
     for (int r = tid / LANES; r < ACP_BLOCK; r += ROWS) {
-        float q[8] = {0}, k[8] = {0};
-        int t = start + r;
-        if (t < in.T) {
-            int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
-            load8(q, in.q + row);
-            load8(k, in.k + row);
-        }
+        int t = min(start + r, in.T - 1); /* rows beyond the end repeat the last */
+        int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
+        float q[8], k[8];
+        load8(q, in.q + row);
+        load8(k, in.k + row);
         float own = scale * acp_row_sum<D>(acp_dot8(q, k));
         float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
         q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
-        if (t < in.T) {
-            float decay = (float)(c[t] - C), history = decay + gap + log_mass + past;
-            float high = fmaxf(own, history), low = fminf(own, history);
-            rho = fmaxf(rho, decay - (high + log1pf(expf(low - high))));
-        }
+        float decay = (float)(c[t] - C), history = decay + gap + log_mass + past;
+        float high = fmaxf(own, history), low = fminf(own, history);
+        rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
     }
     rho = acp_block_max(rho, scratch);
     float norm = sqrtf(acp_block_max(q2, scratch));
@@ -673,9 +668,10 @@ struct AcpRows<D, MT, true> {
     }
 };
 
-/* acc[16 MT, 8 NT] = A[16 MT, D] B[8 NT, D]^T */
-template <int D, int MT, int NT, typename Rows>
-static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Rows &a, uint32_t b) {
+/* acc[16 MT, 8 NT] = A[16 MT, D] B[8 NT, D]^T. meanwhile(step, steps) is other work, done while the tensor cores compute:
+ * a warp goes on after it has issued a product. */
+template <int D, int MT, int NT, typename Rows, typename Work>
+static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Rows &a, uint32_t b, Work meanwhile) {
     acp_zero<MT, NT>(acc);
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) {
@@ -690,37 +686,36 @@ static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Row
                 acp_mma(acc[mt][2 * np + 1], fa[mt], fb[2], fb[3]);
             }
         }
+        meanwhile(kk, D / 16);
     }
 }
 
-/* acc[16 MT, D] += A[16 MT, 16 KS] B[16 KS, D], A from registers. */
-template <int D, int MT, int KS>
-static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], const uint32_t a[MT][KS][4], uint32_t b) {
+struct AcpNothing {
+    __device__ __forceinline__ void operator()(int, int) const {
+    }
+};
+
+/* acc[16 MT, D] += W[16 MT, columns 16 ks .. 16 ks + 15] B[rows 16 ks .. 16 ks + 15, D]; W are accumulators of an earlier
+ * product, rounded to bf16. */
+template <int D, int MT, int NT>
+static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], const float w[MT][NT][4], int ks, uint32_t b) {
+    uint32_t a[MT][4];
 #pragma unroll
-    for (int ks = 0; ks < KS; ks++) {
+    for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
-        for (int np = 0; np < D / 16; np++) {
-            uint32_t fb[4];
-            acp_load_transposed(fb, (b ^ (np << 5)) + ks * 32 * D);
-#pragma unroll
-            for (int mt = 0; mt < MT; mt++) {
-                acp_mma(acc[mt][2 * np], a[mt][ks], fb[0], fb[1]);
-                acp_mma(acc[mt][2 * np + 1], a[mt][ks], fb[2], fb[3]);
-            }
+        for (int i = 0; i < 4; i++) {
+            a[mt][i] = acp_pack(w[mt][2 * ks + i / 2][i % 2 * 2], w[mt][2 * ks + i / 2][i % 2 * 2 + 1]);
         }
     }
-}
-
-/* Accumulators as the A operand of the next product. */
-template <int MT, int KS>
-static __device__ __forceinline__ void acp_pack_rows(uint32_t a[MT][KS][4], const float acc[MT][2 * KS][4]) {
 #pragma unroll
-    for (int i = 0; i < MT * KS; i++) {
-        int mt = i / KS, ks = i % KS;
-        a[mt][ks][0] = acp_pack(acc[mt][2 * ks][0], acc[mt][2 * ks][1]);
-        a[mt][ks][1] = acp_pack(acc[mt][2 * ks][2], acc[mt][2 * ks][3]);
-        a[mt][ks][2] = acp_pack(acc[mt][2 * ks + 1][0], acc[mt][2 * ks + 1][1]);
-        a[mt][ks][3] = acp_pack(acc[mt][2 * ks + 1][2], acc[mt][2 * ks + 1][3]);
+    for (int np = 0; np < D / 16; np++) {
+        uint32_t fb[4];
+        acp_load_transposed(fb, (b ^ (np << 5)) + ks * 32 * D);
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+            acp_mma(acc[mt][2 * np], a[mt], fb[0], fb[1]);
+            acp_mma(acc[mt][2 * np + 1], a[mt], fb[2], fb[3]);
+        }
     }
 }
 
@@ -785,13 +780,20 @@ struct AcpForward {
     float *lse;
 };
 
-enum { ACP_KEYS = 64 }; /* keys per step of the forward kernel */
+template <int D>
+struct AcpForwardTraits {
+#ifdef TRY_FK32
+    static constexpr int KEYS = D == 64 ? 64 : 32; /* per step */
+#else
+    static constexpr int KEYS = 64; /* per step */
+#endif
+};
 
 template <int D>
 struct alignas(1024) AcpForwardShared {
     unsigned char q[ACP_BLOCK * D * 2];
-    unsigned char k[2][ACP_KEYS * D * 2], v[2][ACP_KEYS * D * 2];
-    float lift[2][ACP_KEYS];
+    unsigned char k[2][AcpForwardTraits<D>::KEYS * D * 2], v[2][AcpForwardTraits<D>::KEYS * D * 2];
+    float lift[2][AcpForwardTraits<D>::KEYS];
 };
 
 /* One query block; 4 warps with 32 rows each. Online softmax in units of log 2, relative to the block's base: with
@@ -801,14 +803,13 @@ template <int D>
 static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     AcpForwardShared<D> &shared = *reinterpret_cast<AcpForwardShared<D> *>(memory);
-    constexpr int MT = 2, NT = ACP_KEYS / 8;
-    constexpr int TILE = ACP_KEYS * D * 2;
+    constexpr int MT = 2, KEYS = AcpForwardTraits<D>::KEYS, NT = KEYS / 8, TILE = KEYS * D * 2;
     const AcpInputs &in = p.in;
     const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
     int heads = gridDim.x / in.blocks, m = in.blocks - 1 - blockIdx.x / heads; /* longest rows first */
     int64_t bh = blockIdx.x % heads;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
-    int end = (min(in.T, q0 + ACP_BLOCK) - 1) / ACP_KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / ACP_KEYS);
+    int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
     const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
     const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
     const double *base = p.saved.base + bh * in.blocks;
@@ -816,17 +817,21 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
 
     auto load = [&](int n) {
-        int stage = n % 2, j = n * ACP_KEYS;
-        acp_load_tile<D, ACP_KEYS, 128>(sk + stage * TILE, k + j * in.stride, in.stride, in.T - j);
-        acp_load_tile<D, ACP_KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
-        acp_load_floats<ACP_KEYS>(slift + stage * ACP_KEYS * 4, lift + j);
+        int stage = n % 2, j = n * KEYS;
+        acp_load_tile<D, KEYS, 128>(sk + stage * TILE, k + j * in.stride, in.stride, in.T - j);
+        acp_load_tile<D, KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
+        acp_load_floats<KEYS>(slift + stage * KEYS * 4, lift + j);
     };
     acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride, in.T - q0);
     load(end);
     acp_copies_done();
     __syncthreads();
 
+#ifdef TRY_FNOKEEP
+    AcpRows<D, MT, false> q;
+#else
     AcpRows<D, MT, D == 64> q;
+#endif
     q.init(acp_shared(shared.q) + row0 * 2 * D + acp_lane_a<D>());
     float o[MT][D / 8][4], high[MT][2], sum[MT][2];
     acp_zero<MT, D / 8>(o);
@@ -841,15 +846,15 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
         if (n > begin) {
             load(n - 1);
         }
-        if (n * ACP_KEYS > q0 + row0 + 31) {
+        if (n * KEYS > q0 + row0 + 31) {
             continue; /* all keys after all of this warp's queries */
         }
         int stage = n % 2;
-        float shift = (float)(own_base - base[n * ACP_KEYS / ACP_BLOCK]);
+        float shift = (float)(own_base - base[n * KEYS / ACP_BLOCK]);
         float s[MT][NT][4];
-        acp_product_abt<D, MT, NT>(s, q, sk + stage * TILE + acp_lane_b<D>());
-        if (n * ACP_KEYS + ACP_KEYS - 1 > q0 + row0) {
-            acp_mask<MT, NT, false>(s, q0 + row0, n * ACP_KEYS);
+        acp_product_abt<D, MT, NT>(s, q, sk + stage * TILE + acp_lane_b<D>(), AcpNothing());
+        if (n * KEYS + KEYS - 1 > q0 + row0) {
+            acp_mask<MT, NT, false>(s, q0 + row0, n * KEYS);
         }
         float top[MT][2];
 #pragma unroll
@@ -886,21 +891,18 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
             }
         }
 #pragma unroll
-        for (int i = 0; i < MT * 2; i++) {
-            int mt = i / 2, half = i % 2;
-            float offset = shift - high[mt][half], total = 0;
+        for (int ks = 0; ks < NT / 2; ks++) { /* the exponentials of 16 keys while the 16 before are multiplied */
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
+            for (int i = 0; i < MT * 4; i++) {
+                int mt = i / 4, nt = 2 * ks + i / 2 % 2, half = i % 2;
+                float offset = shift - high[mt][half];
                 float x = acp_exp2(s[mt][nt][2 * half] + offset), y = acp_exp2(s[mt][nt][2 * half + 1] + offset);
                 s[mt][nt][2 * half] = x;
                 s[mt][nt][2 * half + 1] = y;
-                total += x + y;
+                sum[mt][half] += x + y;
             }
-            sum[mt][half] += total;
+            acp_product_ab<D, MT, NT>(o, s, ks, sv + stage * TILE + acp_lane_a<D>());
         }
-        uint32_t weights[MT][NT / 2][4];
-        acp_pack_rows<MT, NT / 2>(weights, s);
-        acp_product_ab<D, MT, NT / 2>(o, weights, sv + stage * TILE + acp_lane_a<D>());
     }
 
     float inverse[MT][2];
@@ -1008,7 +1010,11 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     acp_copies_done();
     __syncthreads();
 
+#ifdef TRY_DQNOKEEP
+    AcpRows<D, MT, false> q, dout;
+#else
     AcpRows<D, MT, D == 64> q, dout;
+#endif
     q.init(acp_shared(shared.q) + row0 * 2 * D + acp_lane_a<D>());
     dout.init(acp_shared(shared.dout) + row0 * 2 * D + acp_lane_a<D>());
     float dq[MT][D / 8][4];
@@ -1029,27 +1035,33 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
             }
             uint32_t tile = stage * TILE + part * 32 * 2 * D;
             float s[MT][NT][4], dp[MT][NT][4];
-            acp_product_abt<D, MT, NT>(s, q, sk + tile + acp_lane_b<D>());
-            acp_product_abt<D, MT, NT>(dp, dout, sv + tile + acp_lane_b<D>());
+            acp_product_abt<D, MT, NT>(s, q, sk + tile + acp_lane_b<D>(), AcpNothing());
             if (j + 31 > q0 + row0) {
                 acp_mask<MT, NT, false>(s, q0 + row0, j);
             }
+            acp_product_abt<D, MT, NT>(dp, dout, sv + tile + acp_lane_b<D>(), [&](int step, int steps) {
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
-                float2 key = *reinterpret_cast<const float2 *>(&shared.lift[stage][part * 32 + nt * 8 + lane % 4 * 2]);
-                key.x += shift;
-                key.y += shift;
+                for (int nt = step * NT / steps; nt < (step + 1) * NT / steps; nt++) { /* P */
+                    float2 key = *reinterpret_cast<const float2 *>(&shared.lift[stage][part * 32 + nt * 8 + lane % 4 * 2]);
+                    key.x += shift;
+                    key.y += shift;
 #pragma unroll
-                for (int i = 0; i < MT * 4; i++) {
-                    int mt = i / 4, e = i % 4, half = e / 2;
-                    float weight = acp_weight(s[mt][nt][e], scale, offset[mt][half], e % 2 ? key.y : key.x);
-                    s[mt][nt][e] = weight * (dp[mt][nt][e] - delta[mt][half]);
-                    sum[mt][half] += s[mt][nt][e];
+                    for (int i = 0; i < MT * 4; i++) {
+                        int mt = i / 4, e = i % 4;
+                        s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, offset[mt][e / 2], e % 2 ? key.y : key.x);
+                    }
                 }
+            });
+#pragma unroll
+            for (int ks = 0; ks < NT / 2; ks++) {
+#pragma unroll
+                for (int i = 0; i < MT * 8; i++) { /* dS */
+                    int mt = i / 8, nt = 2 * ks + i / 4 % 2, e = i % 4;
+                    s[mt][nt][e] *= dp[mt][nt][e] - delta[mt][e / 2];
+                    sum[mt][e / 2] += s[mt][nt][e];
+                }
+                acp_product_ab<D, MT, NT>(dq, s, ks, sk + tile + acp_lane_a<D>());
             }
-            uint32_t ds[MT][NT / 2][4];
-            acp_pack_rows<MT, NT / 2>(ds, s);
-            acp_product_ab<D, MT, NT / 2>(dq, ds, sk + tile + acp_lane_a<D>());
         }
     }
     float roots[MT][2];
@@ -1067,7 +1079,11 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
 /* Queries per step, and how many of them at a time; 16-row fragments of keys per warp. */
 template <int D>
 struct AcpDkdvTraits {
+#ifdef TRY_MT2
+    static constexpr int QUERIES = 64, PART = 32, MT = D == 64 ? 2 : 1, THREADS = ACP_BLOCK / (16 * MT) * 32;
+#else
     static constexpr int QUERIES = 64, PART = D == 64 ? 64 : 32, MT = 1, THREADS = ACP_BLOCK / (16 * MT) * 32;
+#endif
 };
 
 template <int D>
@@ -1080,7 +1096,7 @@ struct alignas(1024) AcpDkdvShared {
 /* One key block. Logits are computed transposed (rows are keys), so that P^T and dS^T leave the tensor cores as the A
  * operands of dV and dK. */
 template <int D>
-static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, 1) acp_dkdv_kernel(AcpBackward p) {
+static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTraits<D>::MT) acp_dkdv_kernel(AcpBackward p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     AcpDkdvShared<D> &shared = *reinterpret_cast<AcpDkdvShared<D> *>(memory);
     using Traits = AcpDkdvTraits<D>;
@@ -1117,7 +1133,7 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, 1) acp_dkdv_
     acp_copies_done();
     __syncthreads();
 
-    AcpRows<D, MT, D == 64> k, v;
+    AcpRows<D, MT, D == 64 && MT == 1> k, v;
     k.init(acp_shared(shared.k) + row0 * 2 * D + acp_lane_a<D>());
     v.init(acp_shared(shared.v) + row0 * 2 * D + acp_lane_a<D>());
     float dk[MT][D / 8][4], dv[MT][D / 8][4];
@@ -1143,29 +1159,36 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, 1) acp_dkdv_
             }
             uint32_t tile = stage * TILE + part * PART * 2 * D;
             float s[MT][NT][4], dp[MT][NT][4];
-            acp_product_abt<D, MT, NT>(s, k, sq + tile + acp_lane_b<D>());
-            acp_product_abt<D, MT, NT>(dp, v, sdout + tile + acp_lane_b<D>());
+            acp_product_abt<D, MT, NT>(s, k, sq + tile + acp_lane_b<D>(), AcpNothing());
             if (i0 < k0 + row0 + 16 * MT - 1) {
                 acp_mask<MT, NT, true>(s, k0 + row0, i0);
             }
+            const float2 *queries = &shared.stats[stage][part * PART + lane % 4 * 2]; /* offset and delta */
+            acp_product_abt<D, MT, NT>(dp, v, sdout + tile + acp_lane_b<D>(), [&](int step, int steps) {
 #pragma unroll
-            for (int nt = 0; nt < NT; nt++) {
-                /* offset and delta of two neighbouring queries */
-                float4 query = *reinterpret_cast<const float4 *>(&shared.stats[stage][part * PART + nt * 8 + lane % 4 * 2]);
+                for (int nt = step * NT / steps; nt < (step + 1) * NT / steps; nt++) { /* P */
+                    float offset[2] = {queries[nt * 8].x, queries[nt * 8 + 1].x};
 #pragma unroll
-                for (int i = 0; i < MT * 4; i++) {
-                    int mt = i / 4, e = i % 4, half = e / 2;
-                    float weight = acp_weight(s[mt][nt][e], scale, e % 2 ? query.z : query.x, key[mt][half]);
-                    s[mt][nt][e] = weight;
-                    dp[mt][nt][e] = weight * (dp[mt][nt][e] - (e % 2 ? query.w : query.y));
-                    sum[mt][half] += dp[mt][nt][e];
+                    for (int i = 0; i < MT * 4; i++) {
+                        int mt = i / 4, e = i % 4;
+                        s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, offset[e % 2], key[mt][e / 2]);
+                    }
+                }
+            });
+#pragma unroll
+            for (int ks = 0; ks < NT / 2; ks++) {
+                acp_product_ab<D, MT, NT>(dv, s, ks, sdout + tile + acp_lane_a<D>());
+#pragma unroll
+                for (int i = 0; i < MT * 8; i++) { /* dS */
+                    int mt = i / 8, nt = 2 * ks + i / 4 % 2, e = i % 4;
+                    dp[mt][nt][e] = s[mt][nt][e] * (dp[mt][nt][e] - queries[nt * 8 + e % 2].y);
+                    sum[mt][e / 2] += dp[mt][nt][e];
                 }
             }
-            uint32_t weights[MT][NT / 2][4], ds[MT][NT / 2][4];
-            acp_pack_rows<MT, NT / 2>(weights, s);
-            acp_pack_rows<MT, NT / 2>(ds, dp);
-            acp_product_ab<D, MT, NT / 2>(dv, weights, sdout + tile + acp_lane_a<D>());
-            acp_product_ab<D, MT, NT / 2>(dk, ds, sq + tile + acp_lane_a<D>());
+#pragma unroll
+            for (int ks = 0; ks < NT / 2; ks++) {
+                acp_product_ab<D, MT, NT>(dk, dp, ks, sq + tile + acp_lane_a<D>());
+            }
         }
     }
     float roots[MT][2], ones[MT][2];

@@ -246,18 +246,15 @@ static void attention_name(const AttentionCase *a, char *name, size_t size) {
              modes[a->shape.mode], gates[a->gates], a->norms ? "" : ", measured bound", a->packed ? ", packed" : "");
 }
 
-/* ||a - ref|| / ||ref||, with 0.03 an element as the smallest unit: at T = 1 the gradients of q and k are zero. Rows of D
- * values, `stride` apart. */
-static double attention_error(const float *a, const float *ref, int64_t rows, int D, int64_t stride, double *worst) {
-    double diff = 0, norm = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        for (int i = 0; i < D; i++) {
-            double x = (double)a[r * stride + i], y = (double)ref[r * stride + i];
-            diff += (x - y) * (x - y);
-            norm += y * y;
-        }
+/* ||a - ref|| / ||ref||, with `unit` an element as the smallest norm: at T = 1 the gradients of q and k are zero. */
+static double attention_error(const float *a, const float *ref, int64_t count, double unit, double *worst) {
+    double diff = 0, sum = 0, norm = unit * unit * (double)count;
+    for (int64_t i = 0; i < count; i++) {
+        double x = (double)a[i], y = (double)ref[i];
+        diff += (x - y) * (x - y);
+        sum += y * y;
     }
-    double error = sqrt(diff / fmax(norm, 1e-3 * (double)(rows * D)));
+    double error = sqrt(diff / fmax(norm, sum));
     *worst = error <= *worst ? *worst : error;
     return error;
 }
@@ -313,7 +310,6 @@ static void attention_check_head(Tests *t, const AttentionCase *a, const char *n
     for (int i = 0; i < T; i++) {
         sum += (double)a->log_f[row + i];
         c[i] = sum;
-        sum = c[i];
     }
     double c_error = 0;
     for (int i = 0; i < T; i++) {
@@ -335,16 +331,19 @@ static void attention_check_head(Tests *t, const AttentionCase *a, const char *n
     }
     const float *gpu[] = {a->o, a->dq, a->dk, a->dv}, *cpu[] = {o, dq, dk, dv};
     double *largest[] = {&worst->o, &worst->dq, &worst->dk, &worst->dv}, allowed[] = {4e-3, 6e-3, 6e-3, 5e-3};
+    /* delta of a row comes from O in bf16, off by about 2^-9 sqrt(D) whatever the row's gradient: with two keys, one of
+     * them dominant, dq = p (dP - delta) k / sqrt(D) is smaller than that error's share */
+    double units[] = {0.03, 0.4, 0.03, 0.03};
     static const char *const names[] = {"o", "dq", "dk", "dv"};
     float *copy = FOX_NEW(float, size);
     for (int n = 0; n < 4; n++) {
         for (int i = 0; i < T; i++) {
             memcpy(copy + i * D, gpu[n] + at + i * d, sizeof(float) * (size_t)D);
         }
-        double error = attention_error(copy, cpu[n], T, D, D, largest[n]);
+        double error = attention_error(copy, cpu[n], size, units[n], largest[n]);
         check(t, error <= allowed[n], "%s, head %d: %s off by %.3g", name, bh, names[n], error);
     }
-    double lse_error = max_error(a->lse + row, lse, T), gate_error = attention_error(a->dlog_f + row, dlog_f, T, 1, 1, &worst->dlog_f);
+    double lse_error = max_error(a->lse + row, lse, T), gate_error = attention_error(a->dlog_f + row, dlog_f, T, 0.03, &worst->dlog_f);
     worst->lse = lse_error <= worst->lse ? worst->lse : lse_error;
     check(t, lse_error <= 2e-4, "%s, head %d: lse off by %.3g", name, bh, lse_error);
     check(t, gate_error <= 2e-3, "%s, head %d: d log f off by %.3g", name, bh, gate_error);
