@@ -14,8 +14,8 @@
 #     truth      the official model's bf16 errors, written to build/gpu_check/official_bf16_error.json; needs --official
 #     speed      dev/bench_official.py with train_fox beside it: $SPEED (fox-pro-125m:16384 ...); needs --official
 #
-# Each part has $LIMIT seconds (540). Output goes to $LOGS/PART.log (build/gpu_check); shown are the last lines of a part
-# that fails, and everything of bench, parity, truth and speed. Exit status 1 when a part failed.
+# Each part has $LIMIT seconds (540). Output goes to $LOGS/PART.log (build/gpu_check); shown are the last lines of a
+# part that fails, and everything of bench, parity, truth and speed. Exit status 1 when a part failed.
 cd "$(dirname "$0")/.." || exit 1
 official='' sanitize='' parts='' one=''
 while [ $# -gt 0 ]; do

@@ -23,8 +23,8 @@ Truth, the yardstick for the bf16 back end. A fixture holds weights, tokens, los
 official model under bf16 autocast runs the same case, and how far it is off is written as JSON: per gradient ||g -
 ref|| / ||ref||; for the losses of the tokens the same ratio, the largest difference, and the difference of the mean.
 `float32` says how well the official float32 run repeats the fixture. One case is one draw of rounding errors, so it
-is drawn again a few times with weights that differ by 1e-3 of themselves, each against its own float32 run: `median` of these, and `largest` of
-these and the case itself.
+is drawn again a few times with weights that differ by 1e-3 of themselves, each against its own float32 run: `median`
+of these, and `largest` of these and the case itself.
 """
 import argparse
 import json
