@@ -23,22 +23,77 @@ static bool fixture_read(const SafeTensors *file, const FoxTable *table, const c
     return true;
 }
 
+/* A fixture in memory: the official model's weights, a batch, and what it made of it. Weights and gradients are flat. */
+typedef struct Fixture {
+    FoxConfig config;
+    int B, T;
+    int32_t *tokens, *targets;       /* [B, T] */
+    float *losses, *params, *grads;
+} Fixture;
+
+static void fixture_close(Fixture *f) {
+    free(f->tokens);
+    free(f->targets);
+    free(f->losses);
+    free(f->params);
+    free(f->grads);
+    memset(f, 0, sizeof *f);
+}
+
+static bool fixture_load(const SafeTensors *file, Fixture *f, FoxError *err) {
+    const SafeTensor *ids = safetensors_find(file, "input_ids"), *labels = safetensors_find(file, "labels");
+    const SafeTensor *loss = safetensors_find(file, "loss");
+    if (!(ids && labels && loss && ids->ndim == 2 && labels->count == ids->count && loss->count == ids->count)) {
+        return fox_fail(err, "%s: input_ids, labels and loss of one shape [B, T] expected", file->path);
+    }
+    if (!checkpoint_config_from_metadata(file, &f->config, err)) {
+        return false;
+    }
+    FoxTable table = fox_table_create(&f->config);
+    f->B = (int)ids->shape[0];
+    f->T = (int)ids->shape[1];
+    f->tokens = FOX_NEW(int32_t, ids->count);
+    f->targets = FOX_NEW(int32_t, ids->count);
+    f->losses = FOX_NEW(float, ids->count);
+    f->params = FOX_NEW(float, table.total);
+    f->grads = FOX_NEW(float, table.total);
+    bool ok = safetensors_read_int32(file, ids, f->tokens, err) && safetensors_read_int32(file, labels, f->targets, err) &&
+              safetensors_read_float(file, loss, 0, loss->count, f->losses, err) && fixture_read(file, &table, "", f->params, err) &&
+              fixture_read(file, &table, "grad.", f->grads, err);
+    fox_table_free(&table);
+    return ok;
+}
+
+/* Reads a fixture; close it with fixture_close. */
+static bool fixture_open(const char *path, Fixture *f, FoxError *err) {
+    SafeTensors file;
+    memset(f, 0, sizeof *f);
+    if (!safetensors_open(path, &file, err)) {
+        return false;
+    }
+    bool ok = fixture_load(&file, f, err);
+    safetensors_close(&file);
+    if (!ok) {
+        fixture_close(f);
+    }
+    return ok;
+}
+
 /* One run of the fixture on a back end: losses within 1e-4, every gradient within 1e-4 relative. */
-static void fixture_compare(Tests *t, const char *name, Backend *b, const int32_t *tokens, const int32_t *targets,
-                            const float *losses_ref, const float *grads_ref) {
+static void fixture_compare(Tests *t, const char *name, Backend *b, const Fixture *f) {
     int N = b->spec.B * b->spec.T;
     float *losses = FOX_NEW(float, N), *grads = FOX_NEW(float, b->table.total);
-    b->evaluate(b, tokens, targets, losses);
+    b->evaluate(b, f->tokens, f->targets, losses);
     memset(grads, 0, sizeof(float) * (size_t)b->table.total);
     b->write(b, FOX_GRADS, 0, b->table.total, grads);
-    b->forward_backward(b, tokens, targets, 1.0);
+    b->forward_backward(b, f->tokens, f->targets, 1.0);
     b->read(b, FOX_GRADS, 0, b->table.total, grads);
-    double loss_error = max_error(losses, losses_ref, N), worst = 0;
+    double loss_error = max_error(losses, f->losses, N), worst = 0;
     const char *worst_name = "";
     check(t, loss_error <= 1e-4, "%s: loss off by %.3g", name, loss_error);
     for (int i = 0; i < b->table.count; i++) {
         const FoxTensor *tensor = &b->table.tensors[i];
-        double error = relative_error(grads + tensor->offset, grads_ref + tensor->offset, tensor->size);
+        double error = relative_error(grads + tensor->offset, f->grads + tensor->offset, tensor->size);
         check(t, error <= 1e-4, "%s: gradient of %s off by %.3g", name, tensor->name, error);
         if (!(error <= worst)) {
             worst = error;
@@ -52,61 +107,39 @@ static void fixture_compare(Tests *t, const char *name, Backend *b, const int32_
     free(grads);
 }
 
-/* Any file of the fixtures' form, on every back end, with and without pruning. */
+/* Any file of the fixtures' form, with and without pruning. */
 static void test_fixture_file(Tests *t, const char *path) {
-    SafeTensors file;
     FoxError err = {{0}};
-    FoxConfig config;
+    Fixture f;
     Ranks ranks = {0, 1, 0, 1};
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    if (!check(t, safetensors_open(path, &file, &err), "%s", err.text)) {
+    if (!check(t, fixture_open(path, &f, &err), "%s", err.text)) {
         return;
     }
-    const SafeTensor *ids = safetensors_find(&file, "input_ids"), *labels = safetensors_find(&file, "labels");
-    const SafeTensor *loss = safetensors_find(&file, "loss");
-    bool complete = ids && labels && loss && ids->ndim == 2 && labels->count == ids->count && loss->count == ids->count;
-    if (!check(t, complete, "%s: input_ids, labels and loss of one shape [B, T] expected", path) ||
-        !check(t, checkpoint_config_from_metadata(&file, &config, &err), "%s", err.text)) {
-        safetensors_close(&file);
-        return;
-    }
-    FoxTable table = fox_table_create(&config);
-    int N = (int)ids->count;
-    int32_t *tokens = FOX_NEW(int32_t, N), *targets = FOX_NEW(int32_t, N);
-    float *losses = FOX_NEW(float, N), *params = FOX_NEW(float, table.total), *grads = FOX_NEW(float, table.total);
-    bool read = safetensors_read_int32(&file, ids, tokens, &err) && safetensors_read_int32(&file, labels, targets, &err) &&
-                safetensors_read_float(&file, loss, 0, N, losses, &err) && fixture_read(&file, &table, "", params, &err) &&
-                fixture_read(&file, &table, "grad.", grads, &err);
-    check(t, read, "%s", err.text);
-    for (int acp = 0; read && acp < 3; acp++) {
+    for (int acp = 0; acp < 3; acp++) {
         BackendSpec spec;
         Backend b;
         memset(&spec, 0, sizeof spec);
-        spec.config = config;
-        spec.B = (int)ids->shape[0];
-        spec.T = (int)ids->shape[1];
+        spec.config = f.config;
+        spec.B = f.B;
+        spec.T = f.T;
         spec.acp = (AcpMode)acp;
         spec.log_tolerance = -10;
         if (check(t, backend_cpu_open(&b, &spec, &ranks, &err) && b.allocate(&b, &err), "%s", err.text)) {
-            b.write(&b, FOX_PARAMS, 0, table.total, params);
-            fixture_compare(t, name, &b, tokens, targets, losses, grads);
+            b.write(&b, FOX_PARAMS, 0, b.table.total, f.params);
+            fixture_compare(t, name, &b, &f);
             b.free(&b);
         }
     }
-    fox_table_free(&table);
-    safetensors_close(&file);
-    free(tokens);
-    free(targets);
-    free(losses);
-    free(params);
-    free(grads);
+    fixture_close(&f);
 }
 
+static const char *const fixture_names[] = {"fox_pro_d64", "fox_llama_d64", "transformer_llama_d64"};
+
 static void test_fixtures(Tests *t) {
-    static const char *const names[] = {"fox_pro_d64", "fox_llama_d64", "transformer_llama_d64"};
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+    for (size_t i = 0; i < sizeof fixture_names / sizeof fixture_names[0]; i++) {
         char path[1100];
-        snprintf(path, sizeof path, "%s/fixtures/%s.safetensors", t->data, names[i]);
+        snprintf(path, sizeof path, "%s/fixtures/%s.safetensors", t->data, fixture_names[i]);
         test_fixture_file(t, path);
     }
 }
