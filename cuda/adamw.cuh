@@ -11,7 +11,7 @@
 #include "common.cuh"
 
 enum { SQUARES_BLOCKS = 1056, SQUARES_THREADS = 256 };
-enum { ADAMW_THREADS = 256, ADAMW_VECTORS = 4 }; /* vectors of four parameters that a thread updates */
+enum { ADAMW_THREADS = 256 };
 
 /* Sum of x over the block, valid in thread 0; the order is fixed. */
 static __device__ __forceinline__ double block_sum_double(double x) {
@@ -98,48 +98,42 @@ static __device__ __noinline__ void adamw_edge(float *params, bf16 *params_bf16,
     }
 }
 
-/* A block updates ADAMW_THREADS * ADAMW_VECTORS vectors that follow each other. */
+/* Four parameters a thread. */
 static __global__ void __launch_bounds__(ADAMW_THREADS)
     adamw_kernel(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges, int range_count,
                  int64_t total, AdamWStep step, const DeviceStats *stats) {
-    int64_t block = (int64_t)blockIdx.x * (4 * ADAMW_THREADS * ADAMW_VECTORS);
-    bool applied = stats->applied != 0;
-    float grad_scale = stats->grad_scale;
-    int first_range = applied ? find_range(ranges, range_count, block) : 0;
-#pragma unroll
-    for (int k = 0; k < ADAMW_VECTORS; k++) {
-        int64_t i = block + 4 * (k * ADAMW_THREADS + threadIdx.x);
-        if (i >= total) {
-            return;
+    int64_t block = (int64_t)blockIdx.x * (4 * ADAMW_THREADS), i = block + 4 * threadIdx.x;
+    if (i >= total) {
+        return;
+    }
+    if (stats->applied != 0) {
+        float grad_scale = stats->grad_scale;
+        int r = find_range(ranges, range_count, block); /* the whole block reads the same, and goes on from there */
+        while (r < range_count && ranges[r].start + ranges[r].size <= i) {
+            r++;
         }
-        if (applied) {
-            int r = first_range;
-            while (r < range_count && ranges[r].start + ranges[r].size <= i) {
-                r++;
-            }
-            AdamWRange range = r < range_count ? ranges[r] : AdamWRange{total, 0, 0};
-            if (range.start <= i && range.start + range.size >= i + 4) {
-                float4 p4 = *reinterpret_cast<float4 *>(params + i), m4 = *reinterpret_cast<float4 *>(m + i);
-                float4 v4 = *reinterpret_cast<float4 *>(v + i), g4 = *reinterpret_cast<float4 *>(grads + i);
-                adamw_one(p4.x, m4.x, v4.x, g4.x, grad_scale, range.decay, step);
-                adamw_one(p4.y, m4.y, v4.y, g4.y, grad_scale, range.decay, step);
-                adamw_one(p4.z, m4.z, v4.z, g4.z, grad_scale, range.decay, step);
-                adamw_one(p4.w, m4.w, v4.w, g4.w, grad_scale, range.decay, step);
-                *reinterpret_cast<float4 *>(params + i) = p4;
-                *reinterpret_cast<float4 *>(m + i) = m4;
-                *reinterpret_cast<float4 *>(v + i) = v4;
-                __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(p4.x, p4.y), __floats2bfloat162_rn(p4.z, p4.w)};
-                *reinterpret_cast<uint2 *>(params_bf16 + i) = *reinterpret_cast<uint2 *>(pair);
-            } else if (range.start < i + 4) {
-                adamw_edge(params, params_bf16, m, v, grads, ranges, range_count, i, total, grad_scale, step);
-            }
+        AdamWRange range = r < range_count ? ranges[r] : AdamWRange{total, 0, 0};
+        if (range.start <= i && range.start + range.size >= i + 4) {
+            float4 p4 = *reinterpret_cast<float4 *>(params + i), m4 = *reinterpret_cast<float4 *>(m + i);
+            float4 v4 = *reinterpret_cast<float4 *>(v + i), g4 = *reinterpret_cast<float4 *>(grads + i);
+            adamw_one(p4.x, m4.x, v4.x, g4.x, grad_scale, range.decay, step);
+            adamw_one(p4.y, m4.y, v4.y, g4.y, grad_scale, range.decay, step);
+            adamw_one(p4.z, m4.z, v4.z, g4.z, grad_scale, range.decay, step);
+            adamw_one(p4.w, m4.w, v4.w, g4.w, grad_scale, range.decay, step);
+            *reinterpret_cast<float4 *>(params + i) = p4;
+            *reinterpret_cast<float4 *>(m + i) = m4;
+            *reinterpret_cast<float4 *>(v + i) = v4;
+            __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(p4.x, p4.y), __floats2bfloat162_rn(p4.z, p4.w)};
+            *reinterpret_cast<uint2 *>(params_bf16 + i) = *reinterpret_cast<uint2 *>(pair);
+        } else if (range.start < i + 4) {
+            adamw_edge(params, params_bf16, m, v, grads, ranges, range_count, i, total, grad_scale, step);
         }
-        if (i + 4 <= total) {
-            *reinterpret_cast<float4 *>(grads + i) = make_float4(0, 0, 0, 0);
-        } else {
-            for (; i < total; i++) {
-                grads[i] = 0;
-            }
+    }
+    if (i + 4 <= total) {
+        *reinterpret_cast<float4 *>(grads + i) = make_float4(0, 0, 0, 0);
+    } else {
+        for (; i < total; i++) {
+            grads[i] = 0;
         }
     }
 }
@@ -180,7 +174,7 @@ void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *gra
                       (float)(1 / correct_v),
                       (float)adamw->eps,
                       (float)(adamw->learning_rate * adamw->weight_decay)};
-    int64_t block = 4 * ADAMW_THREADS * ADAMW_VECTORS;
+    int64_t block = 4 * ADAMW_THREADS;
     adamw_kernel<<<(unsigned)((total + block - 1) / block), ADAMW_THREADS, 0, stream>>>(params, params_bf16, m, v, grads, ranges,
                                                                                        range_count, total, step, stats);
     CUDA_CHECK_LAUNCH();

@@ -2,7 +2,7 @@
  *
  *     loss[n] = log sum_v exp(z[n, v]) - z[n, target[n]],  dz[n, v] = scale * (softmax(z[n])_v - [v = target[n]])
  *
- * A block takes row after row. The row passes through shared memory (100 KB at V = 50257), so that device memory is read once and
+ * One block a row. The row passes through shared memory (100 KB at V = 50257), so that device memory is read once and
  * written once: 4 bytes an element. A row too long for shared memory is read a second time, mostly from the L2 cache.
  * The sum of exponentials is online: each thread rescales its own when its maximum moves. */
 #ifndef FOX_CUDA_CROSS_ENTROPY_CUH
@@ -10,7 +10,8 @@
 
 #include "common.cuh"
 
-enum { ENTROPY_THREADS = 1024, ENTROPY_BLOCKS = 264 }; /* two blocks on each multiprocessor of an H100 */
+enum { ENTROPY_THREADS = 1024, ENTROPY_BLOCKS = 2 }; /* and blocks on a multiprocessor */
+enum { SUM_THREADS = 1024 };
 
 static constexpr float LOG2E = 1.4426950408889634f;
 
@@ -33,23 +34,14 @@ static __device__ __forceinline__ OnlineSum online_merge(OnlineSum a, OnlineSum 
 }
 
 /* Eight logits from column v on; those past V count as -infinity. */
-static __device__ __forceinline__ void load_logits(float z[8], const bf16 *row, int v, int V) {
-    load8(z, row + v);
+static __device__ __forceinline__ void unpack_logits(float z[8], const Bf16x8 &raw, int v, int V) {
+    unpack8(z, raw);
     if (v + 8 > V) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             z[i] = v + i < V ? z[i] : -INFINITY;
         }
     }
-}
-
-/* Copies 16 bytes from device to shared memory while the thread goes on. */
-static __device__ __forceinline__ void copy_async16(void *shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
-}
-
-static __device__ __forceinline__ void copy_async_wait(void) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 static __device__ __forceinline__ OnlineSum online_warp_sum(OnlineSum x) {
@@ -60,81 +52,76 @@ static __device__ __forceinline__ OnlineSum online_warp_sum(OnlineSum x) {
     return x;
 }
 
-/* Rows blockIdx.x, + gridDim.x, ..: losses[n], and the gradient where scale is not 0. STAGED: dynamic shared memory holds a
- * row, of which each thread reads only what it copied itself; the next row comes in while the gradient goes out. */
+/* losses[n], and the gradient where scale is not 0. STAGED: dynamic shared memory holds the row, of which each thread reads
+ * only what it wrote itself. */
 template <bool STAGED>
-static __global__ void __launch_bounds__(ENTROPY_THREADS, 2)
-    cross_entropy_kernel(float *losses, bf16 *logits, const int32_t *targets, int64_t N, int V, int row, float scale) {
+static __global__ void __launch_bounds__(ENTROPY_THREADS, ENTROPY_BLOCKS)
+    cross_entropy_kernel(float *losses, bf16 *logits, const int32_t *targets, int V, int row, float scale) {
     extern __shared__ __align__(16) unsigned char stage_bytes[];
-    __shared__ OnlineSum warps[2][32];
-    bf16 *stage = reinterpret_cast<bf16 *>(stage_bytes);
-    int first = 8 * threadIdx.x, half = 0;
-    for (int v = first; STAGED && v < V && blockIdx.x < N; v += 8 * ENTROPY_THREADS) {
-        copy_async16(stage + v, logits + (int64_t)blockIdx.x * row + v);
-    }
-    for (int64_t n = blockIdx.x; n < N; n += gridDim.x, half ^= 1) {
-        bf16 *z = logits + n * row;
-        const bf16 *z_next = z + (int64_t)gridDim.x * row;
-        bool more = n + gridDim.x < N;
-        int target = targets[n];
-        float target_logit = threadIdx.x == 0 ? __bfloat162float(z[target]) : 0;
-        OnlineSum all = {-1e30f, 0};
-        if (STAGED) {
-            copy_async_wait();
-        }
+    __shared__ OnlineSum warps[32];
+    bf16 *stage = reinterpret_cast<bf16 *>(stage_bytes), *z = logits + (int64_t)blockIdx.x * row;
+    int first = 8 * threadIdx.x, target = targets[blockIdx.x];
+    float target_logit = threadIdx.x == 0 ? __bfloat162float(z[target]) : 0; /* before it is overwritten */
+    OnlineSum all = {-1e30f, 0};
 #pragma unroll 2
-        for (int v = first; v < V; v += 8 * ENTROPY_THREADS) {
-            float x[8], high = all.high, sum = 0;
-            load_logits(x, STAGED ? stage : z, v, V);
+    for (int v = first; v < V; v += 8 * ENTROPY_THREADS) {
+        float x[8], high = all.high, sum = 0;
+        Bf16x8 raw = load_raw8(z + v, true);
+        if (STAGED) {
+            *reinterpret_cast<Bf16x8 *>(stage + v) = raw;
+        }
+        unpack_logits(x, raw, v, V);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            x[i] *= LOG2E;
+            high = fmaxf(high, x[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum += exp2_quick(x[i] - high);
+        }
+        all = {high, all.sum * exp2_quick(all.high - high) + sum};
+    }
+    all = online_warp_sum(all);
+    if (threadIdx.x % 32 == 0) {
+        warps[threadIdx.x / 32] = all;
+    }
+    __syncthreads();
+    all = threadIdx.x % 32 < ENTROPY_THREADS / 32 ? warps[threadIdx.x % 32] : OnlineSum{-1e30f, 0};
+    all = online_warp_sum(all);
+    float lse = all.high + log2f(all.sum); /* in units of log 2 */
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = lse / LOG2E - target_logit;
+    }
+#pragma unroll 2
+    for (int v = first; scale != 0 && v < row; v += 8 * ENTROPY_THREADS) {
+        float x[8] = {};
+        if (v < V) {
+            unpack_logits(x, load_raw8((STAGED ? stage : z) + v, true), v, V);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                x[i] *= LOG2E;
-                high = fmaxf(high, x[i]);
+                x[i] = scale * exp2_quick(x[i] * LOG2E - lse);
             }
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                sum += exp2_quick(x[i] - high);
-            }
-            all = {high, all.sum * exp2_quick(all.high - high) + sum};
-        }
-        all = online_warp_sum(all);
-        if (threadIdx.x % 32 == 0) {
-            warps[half][threadIdx.x / 32] = all;
-        }
-        __syncthreads();
-        all = online_warp_sum(warps[half][threadIdx.x % 32]);
-        float lse = all.high + log2f(all.sum); /* in units of log 2 */
-        if (threadIdx.x == 0) {
-            losses[n] = lse / LOG2E - target_logit;
-        }
-        for (int v = first; scale != 0 && v < row; v += 8 * ENTROPY_THREADS) {
-            float x[8] = {};
-            if (v < V) {
-                load_logits(x, STAGED ? stage : z, v, V);
-                bool hit = (unsigned)(target - v) < 8;
+            if ((unsigned)(target - v) < 8) {
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    x[i] = scale * exp2_quick(x[i] * LOG2E - lse);
-                    x[i] -= hit && v + i == target ? scale : 0;
+                    x[i] -= v + i == target ? scale : 0;
                 }
             }
-            store8(z + v, x);
-            if (STAGED && more && v < V) {
-                copy_async16(stage + v, z_next + v);
-            }
         }
+        store8(z + v, x);
     }
 }
 
 /* *total += sum of losses [N], in double precision, by one block: the order is fixed. */
 static __global__ void sum_losses_kernel(double *total, const float *losses, int64_t N) {
-    __shared__ double sums[ENTROPY_THREADS];
+    __shared__ double sums[SUM_THREADS];
     double sum = 0;
-    for (int64_t n = threadIdx.x; n < N; n += ENTROPY_THREADS) {
+    for (int64_t n = threadIdx.x; n < N; n += SUM_THREADS) {
         sum += (double)losses[n];
     }
     sums[threadIdx.x] = sum;
-    for (int half = ENTROPY_THREADS / 2; half > 0; half /= 2) {
+    for (int half = SUM_THREADS / 2; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) {
             sums[threadIdx.x] += sums[threadIdx.x + half];
@@ -154,15 +141,14 @@ void cuda_cross_entropy(float *losses, double *loss_sum, bf16 *logits, const int
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     if (scale != 0 && bytes + 1024 <= limit) {
-        unsigned blocks = (unsigned)fox_min64(N, ENTROPY_BLOCKS);
         CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        cross_entropy_kernel<true><<<blocks, ENTROPY_THREADS, bytes, stream>>>(losses, logits, targets, N, V, row, scale);
+        cross_entropy_kernel<true><<<(unsigned)N, ENTROPY_THREADS, bytes, stream>>>(losses, logits, targets, V, row, scale);
     } else {
-        cross_entropy_kernel<false><<<(unsigned)N, ENTROPY_THREADS, 0, stream>>>(losses, logits, targets, N, V, row, scale);
+        cross_entropy_kernel<false><<<(unsigned)N, ENTROPY_THREADS, 0, stream>>>(losses, logits, targets, V, row, scale);
     }
     CUDA_CHECK_LAUNCH();
     if (loss_sum != NULL) {
-        sum_losses_kernel<<<1, ENTROPY_THREADS, 0, stream>>>(loss_sum, losses, N);
+        sum_losses_kernel<<<1, SUM_THREADS, 0, stream>>>(loss_sum, losses, N);
         CUDA_CHECK_LAUNCH();
     }
 }

@@ -12,7 +12,7 @@
 #include "heads.cuh"
 #include "partials.cuh"
 
-enum { GATE_TOKENS = 4 }; /* in flight in a block of the forward pass */
+enum { GATE_TOKENS = 2 }; /* in flight in a block of the forward pass */
 
 /* gate: the column's place in row 0 of the packed product, NULL without output gate. */
 static __global__ void __launch_bounds__(HEAD_THREADS)

@@ -7,8 +7,8 @@
  *     backward, with g[t] the gradient of m[t]:  dz[t] = (1 - a[t]) g[t] + a[t+1] g[t+1]
  *     dlogit[t] = a (1 - a) sum_i g[t] (z[t-1] - z[t]),  g = rstd (dy w - mhat mean(dy w mhat)),  dw += sum over tokens of dy mhat
  *
- * The three parts q, k, v never meet, so each is a block of its own (blockIdx.x % 3), and what differs between them is a
- * row of a table (QkvPart). A block is one row of heads (heads.cuh) that walks down its stretch of tokens with the previous
+ * The three parts q, k, v never meet, so each is a block of its own (blockIdx.x % 3), with the same code and a row of a
+ * table (QkvPart) for what differs. A block is one row of heads (heads.cuh) that walks down its stretch of tokens with the previous
  * token in registers; the backward walk writes dz[t-1] once g[t] is known, and goes one token past its end for the last.
  * Forward moves 12 bytes per token and column of q, backward 18. */
 #ifndef FOX_CUDA_QKV_CUH
@@ -27,7 +27,6 @@ struct RopeTable {
 struct QkvPart {
     int column; /* of the first head in a packed row */
     int logit;  /* column of the first head's logit: of the shift (k, v) or the forget gate (q); -1: none */
-    bool shifts, rotates;
     const float *norm; /* weights or NULL */
     float *rstd;       /* [N, H] */
     bf16 *y;           /* [N, d]: the result, or in backward its gradient */
@@ -77,22 +76,22 @@ static __device__ __forceinline__ float load_logit(const bf16 *packed_row, const
     return wanted && at.active && part.logit >= 0 ? __bfloat162float(packed_row[part.logit + at.head]) : 0;
 }
 
-template <bool ROPE>
-static __global__ void __launch_bounds__(HEAD_THREADS)
-    qkv_forward_kernel(float *log_f, const bf16 *packed, const __grid_constant__ QkvTask task,
-                       const __grid_constant__ RopeTable table) {
+template <int PART, bool ROPE>
+static __device__ __forceinline__ void qkv_forward_part(float *log_f, const bf16 *packed, const QkvTask &task,
+                                                        const RopeTable &table) {
     HeadLane at = head_lane(task.lanes, task.H, task.D);
-    const QkvPart &part = task.part[blockIdx.x % 3];
+    const QkvPart &part = task.part[PART];
+    const bool shifts = PART != 0 && part.logit >= 0, norms = PART != 2 && part.norm != NULL;
     int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T, d = task.H * task.D;
     int64_t place = ((int64_t)(first / task.T) * task.H + at.head) * task.T + t;
-    bool gate = blockIdx.x % 3 == 0 && at.leader;
+    bool gate = PART == 0 && at.leader;
     float weight[8] = {}, bias = gate && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
     const bf16 *row = packed + (int64_t)first * task.row;
-    Bf16x8 before = load_raw8(row - task.row + part.column + at.column, at.active && t > 0 && part.shifts);
+    Bf16x8 before = load_raw8(row - task.row + part.column + at.column, at.active && t > 0 && shifts);
     QkvToken next;
     next.z = load_raw8(row + part.column + at.column, at.active);
     next.logit = load_logit(row, part, at, true);
-    if (part.norm != NULL && at.active) {
+    if (norms && at.active) {
         load8(weight, part.norm + (task.shared ? at.within : at.column));
     }
     for (int n = first; n < end; n++) {
@@ -102,7 +101,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
         next.z = load_raw8(row + part.column + at.column, at.active && n + 1 < end);
         next.logit = load_logit(row, part, at, n + 1 < end);
         unpack8(x, here);
-        if (part.shifts) {
+        if (shifts) {
             float a = device_sigmoid(logit), old[8];
             unpack8(old, before);
 #pragma unroll
@@ -111,7 +110,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
             }
             before = here;
         }
-        if (part.norm != NULL) {
+        if (norms) {
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -126,7 +125,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
                 part.rstd[(int64_t)n * task.H + at.head] = scale;
             }
         }
-        if (ROPE && part.rotates) {
+        if (ROPE && PART != 2) {
             rotate_head(x, table, at, task.D, task.lanes, t, 1);
         }
         if (at.active) {
@@ -137,6 +136,20 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
         }
         place = log_f_next(place, t, task);
         t = t + 1 < task.T ? t + 1 : 0;
+    }
+}
+
+/* One grid for all three parts, block by block in turn, so that every multiprocessor has a mix of them. */
+template <bool ROPE>
+static __global__ void __launch_bounds__(HEAD_THREADS, 5)
+    qkv_forward_kernel(float *log_f, const bf16 *packed, const __grid_constant__ QkvTask task,
+                       const __grid_constant__ RopeTable table) {
+    if (blockIdx.x % 3 == 0) {
+        qkv_forward_part<0, ROPE>(log_f, packed, task, table);
+    } else if (blockIdx.x % 3 == 1) {
+        qkv_forward_part<1, ROPE>(log_f, packed, task, table);
+    } else {
+        qkv_forward_part<2, ROPE>(log_f, packed, task, table);
     }
 }
 
@@ -154,19 +167,18 @@ static __device__ __forceinline__ QkvToken load_token(const QkvTask &task, const
 }
 
 /* y of a part holds dy. dlog_f: NULL without forget gate. bias_partials: [parts, H]. */
-template <bool ROPE>
-static __global__ void __launch_bounds__(HEAD_THREADS, 3)
-    qkv_backward_kernel(bf16 *dpacked, float *bias_partials, const float *dlog_f, const bf16 *packed,
-                        const __grid_constant__ QkvTask task, const __grid_constant__ RopeTable table) {
+template <int PART, bool ROPE>
+static __device__ __forceinline__ void qkv_backward_part(bf16 *dpacked, float *bias_partials, const float *dlog_f,
+                                                         const bf16 *packed, const QkvTask &task, const RopeTable &table) {
     HeadLane at = head_lane(task.lanes, task.H, task.D);
-    const QkvPart &part = task.part[blockIdx.x % 3];
+    const QkvPart &part = task.part[PART];
+    const bool gate = PART == 0, shifts = PART != 0 && part.logit >= 0, norms = PART != 2 && part.norm != NULL;
     int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T, d = task.H * task.D;
-    bool gate = blockIdx.x % 3 == 0;
     float carry[8] = {}, dw[8] = {}, dbias = 0, bias = gate && at.leader && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
     const float *norm = part.norm + (task.shared ? at.within : at.column);
     const float *dlog = gate && dlog_f != NULL ? dlog_f + ((int64_t)(first / task.T) * task.H + at.head) * task.T + t : NULL;
     Bf16x8 before = load_raw8(packed + ((int64_t)first - 1) * task.row + part.column + at.column,
-                              at.active && t > 0 && first < end && part.shifts);
+                              at.active && t > 0 && first < end && shifts);
     QkvToken next = load_token(task, part, at, packed, dlog, first, first < end);
     for (int n = first; n <= end && first < end; n++) {
         QkvToken token = next;
@@ -174,20 +186,20 @@ static __global__ void __launch_bounds__(HEAD_THREADS, 3)
         if (dlog != NULL) {
             dlog += log_f_next(0, t, task);
         }
-        next = load_token(task, part, at, packed, dlog, n + 1, n + 1 < end || (n + 1 == end && part.shifts && t_next > 0));
-        float g[8], m[8], z[8], a = part.shifts ? device_sigmoid(token.logit) : 0;
+        next = load_token(task, part, at, packed, dlog, n + 1, n + 1 < end || (n + 1 == end && shifts && t_next > 0));
+        float g[8], m[8], z[8], a = shifts ? device_sigmoid(token.logit) : 0;
         unpack8(g, token.dy);
         unpack8(z, token.z);
         unpack8(m, before);
         before = token.z;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            m[i] = (part.shifts && t > 0 ? m[i] : 0) - z[i]; /* z[t-1] - z[t] */
+            m[i] = (shifts && t > 0 ? m[i] : 0) - z[i]; /* z[t-1] - z[t] */
         }
-        if (ROPE && part.rotates) {
+        if (ROPE && PART != 2) {
             rotate_head(g, table, at, task.D, task.lanes, t, -1);
         }
-        if (part.norm != NULL) {
+        if (norms) {
             float dot = 0, weight[8] = {}, counts = n < end ? token.rstd : 0;
             if (at.active) {
                 load8(weight, norm);
@@ -217,7 +229,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS, 3)
             break;
         }
         bf16 *drow = dpacked + (int64_t)n * task.row;
-        if (part.shifts) {
+        if (shifts) {
             float dot = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -244,11 +256,24 @@ static __global__ void __launch_bounds__(HEAD_THREADS, 3)
         }
         t = t_next;
     }
-    if (part.norm != NULL && at.active) {
+    if (norms && at.active) {
         store8(part.partials + (int64_t)(blockIdx.x / 3) * d + at.column, dw);
     }
     if (gate && at.leader) {
         bias_partials[(int64_t)(blockIdx.x / 3) * task.H + at.head] = dbias;
+    }
+}
+
+template <bool ROPE>
+static __global__ void __launch_bounds__(HEAD_THREADS, 3)
+    qkv_backward_kernel(bf16 *dpacked, float *bias_partials, const float *dlog_f, const bf16 *packed,
+                        const __grid_constant__ QkvTask task, const __grid_constant__ RopeTable table) {
+    if (blockIdx.x % 3 == 0) {
+        qkv_backward_part<0, ROPE>(dpacked, bias_partials, dlog_f, packed, task, table);
+    } else if (blockIdx.x % 3 == 1) {
+        qkv_backward_part<1, ROPE>(dpacked, bias_partials, dlog_f, packed, task, table);
+    } else {
+        qkv_backward_part<2, ROPE>(dpacked, bias_partials, dlog_f, packed, task, table);
     }
 }
 
@@ -262,10 +287,9 @@ static inline QkvTask qkv_task(const PackedLayout *layout, const QkvWeights *wei
     CUDA_REQUIRE((int64_t)B * T < (int64_t)1 << 30, "too many tokens at once");
     QkvTask task;
     memset(&task, 0, sizeof task);
-    bool rope = config->use_rope;
-    task.part[0] = {layout->q, layout->fgate, false, rope, weights->q_norm, (float *)q_rstd, (bf16 *)q, NULL};
-    task.part[1] = {layout->k, layout->k_shift, layout->k_shift >= 0, rope, weights->k_norm, (float *)k_rstd, (bf16 *)k, NULL};
-    task.part[2] = {layout->v, layout->v_shift, layout->v_shift >= 0, false, NULL, NULL, (bf16 *)v, NULL};
+    task.part[0] = {layout->q, layout->fgate, weights->q_norm, (float *)q_rstd, (bf16 *)q, NULL};
+    task.part[1] = {layout->k, layout->k_shift, weights->k_norm, (float *)k_rstd, (bf16 *)k, NULL};
+    task.part[2] = {layout->v, layout->v_shift, NULL, NULL, (bf16 *)v, NULL};
     task.columns = layout->columns;
     task.row = layout->row;
     task.fgate_bias = weights->fgate_bias;

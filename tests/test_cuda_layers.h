@@ -231,6 +231,7 @@ typedef uint64_t (*GpuCase)(Tests *t, GpuWorst *worst, GpuShape shape);
 /* Runs a case twice and wants the same bits; prints the worst errors. */
 static void gpu_cases(Tests *t, const char *name, GpuCase run, const GpuShape *shapes, int count, int seeds) {
     GpuWorst worst = {0, 0};
+    double start = fox_now();
     for (int i = 0; i < count; i++) {
         for (int s = 0; s < seeds; s++) {
             GpuShape shape = shapes[i];
@@ -239,7 +240,7 @@ static void gpu_cases(Tests *t, const char *name, GpuCase run, const GpuShape *s
             check(t, first == second, "%s: a second run of B %d, T %d, H %d, D %d differs", name, shape.B, shape.T, shape.H, shape.D);
         }
     }
-    printf("cuda %-22s worst error: bf16 %.2e, float32 %.2e\n", name, worst.bf16, worst.floats);
+    printf("cuda %-16s worst error: bf16 %.2e, float32 %.2e (%.1f s)\n", name, worst.bf16, worst.floats, fox_now() - start);
 }
 
 /* ---- residual stream ---- */
