@@ -28,7 +28,8 @@ static __device__ __forceinline__ double block_sum_double(double x) {
 
 static __global__ void squares_kernel(double *partials, const float *x, int64_t count) {
     double sum = 0;
-    int64_t thread = (int64_t)blockIdx.x * SQUARES_THREADS + threadIdx.x, threads = (int64_t)SQUARES_BLOCKS * SQUARES_THREADS;
+    int64_t thread = (int64_t)blockIdx.x * SQUARES_THREADS + threadIdx.x,
+            threads = (int64_t)SQUARES_BLOCKS * SQUARES_THREADS;
 #pragma unroll 4
     for (int64_t i = thread; i < count / 4; i += threads) {
         float4 v = reinterpret_cast<const float4 *>(x)[i];
@@ -63,8 +64,8 @@ struct AdamWStep {
     float beta1, beta2, rate, v_scale, eps, shrink; /* shrink: of a parameter with decay 1 is 1 - shrink */
 };
 
-static __device__ __forceinline__ void adamw_one(float &p, float &m, float &v, float grad, float grad_scale, float decay,
-                                                 const AdamWStep &step) {
+static __device__ __forceinline__ void adamw_one(float &p, float &m, float &v, float grad, float grad_scale,
+                                                 float decay, const AdamWStep &step) {
     float g = grad * grad_scale;
     m = step.beta1 * m + (1 - step.beta1) * g;
     v = step.beta2 * v + (1 - step.beta2) * g * g;
@@ -100,8 +101,8 @@ static __device__ __noinline__ void adamw_edge(float *params, bf16 *params_bf16,
 
 /* Four parameters a thread. */
 static __global__ void __launch_bounds__(ADAMW_THREADS)
-    adamw_kernel(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges, int range_count,
-                 int64_t total, AdamWStep step, const DeviceStats *stats) {
+    adamw_kernel(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges,
+                 int range_count, int64_t total, AdamWStep step, const DeviceStats *stats) {
     int64_t block = (int64_t)blockIdx.x * (4 * ADAMW_THREADS), i = block + 4 * threadIdx.x;
     if (i >= total) {
         return;
@@ -165,18 +166,15 @@ void cuda_gradient_norm(DeviceStats *stats, double *scratch, const float *grads,
     CUDA_CHECK_LAUNCH();
 }
 
-void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges, int range_count,
-                int64_t total, const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream) {
-    double correct_m = 1 - pow(adamw->beta1, (double)adamw->step), correct_v = 1 - pow(adamw->beta2, (double)adamw->step);
-    AdamWStep step = {(float)adamw->beta1,
-                      (float)adamw->beta2,
-                      (float)(adamw->learning_rate / correct_m),
-                      (float)(1 / correct_v),
-                      (float)adamw->eps,
-                      (float)(adamw->learning_rate * adamw->weight_decay)};
+void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges,
+                int range_count, int64_t total, const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream) {
+    double correct_m = 1 - pow(adamw->beta1, (double)adamw->step),
+           correct_v = 1 - pow(adamw->beta2, (double)adamw->step);
+    AdamWStep step = {(float)adamw->beta1,    (float)adamw->beta2, (float)(adamw->learning_rate / correct_m),
+                      (float)(1 / correct_v), (float)adamw->eps,   (float)(adamw->learning_rate * adamw->weight_decay)};
     int64_t block = 4 * ADAMW_THREADS;
-    adamw_kernel<<<(unsigned)((total + block - 1) / block), ADAMW_THREADS, 0, stream>>>(params, params_bf16, m, v, grads, ranges,
-                                                                                       range_count, total, step, stats);
+    adamw_kernel<<<(unsigned)((total + block - 1) / block), ADAMW_THREADS, 0, stream>>>(
+        params, params_bf16, m, v, grads, ranges, range_count, total, step, stats);
     CUDA_CHECK_LAUNCH();
 }
 

@@ -134,17 +134,20 @@ static __global__ void sum_losses_kernel(double *total, const float *losses, int
 
 /* ---- launcher ---- */
 
-void cuda_cross_entropy(float *losses, double *loss_sum, bf16 *logits, const int32_t *targets, int64_t N, int V, int row,
-                        float scale, cudaStream_t stream) {
+void cuda_cross_entropy(float *losses, double *loss_sum, bf16 *logits, const int32_t *targets, int64_t N, int V,
+                        int row, float scale, cudaStream_t stream) {
     CUDA_REQUIRE(row % 8 == 0 && row >= V && V > 0, "a row of logits must hold V of them and be a multiple of 8 long");
     int device, limit, bytes = row * (int)sizeof(bf16);
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     if (scale != 0 && bytes + 1024 <= limit) {
-        CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        cross_entropy_kernel<true><<<(unsigned)N, ENTROPY_THREADS, bytes, stream>>>(losses, logits, targets, V, row, scale);
+        CUDA_CHECK(
+            cudaFuncSetAttribute(cross_entropy_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        cross_entropy_kernel<true>
+            <<<(unsigned)N, ENTROPY_THREADS, bytes, stream>>>(losses, logits, targets, V, row, scale);
     } else {
-        cross_entropy_kernel<false><<<(unsigned)N, ENTROPY_THREADS, 0, stream>>>(losses, logits, targets, V, row, scale);
+        cross_entropy_kernel<false>
+            <<<(unsigned)N, ENTROPY_THREADS, 0, stream>>>(losses, logits, targets, V, row, scale);
     }
     CUDA_CHECK_LAUNCH();
     if (loss_sum != NULL) {

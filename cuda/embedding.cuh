@@ -27,10 +27,10 @@ static __global__ void embedding_forward_kernel(float *x, const int32_t *tokens,
 
 /* The scratch of the backward pass. */
 struct EmbeddingSort {
-    int32_t *taken;             /* [2]: tokens in use, positions given out */
-    int32_t *counts, *starts;   /* [V] */
+    int32_t *taken;                                /* [2]: tokens in use, positions given out */
+    int32_t *counts, *starts;                      /* [V] */
     int32_t *used_token, *used_start, *used_count; /* [min(N, V)] */
-    int32_t *arrival, *list, *sorted; /* [N] */
+    int32_t *arrival, *list, *sorted;              /* [N] */
 };
 
 static __global__ void embedding_count_kernel(EmbeddingSort sort, const int32_t *tokens, int64_t N) {
@@ -86,12 +86,13 @@ static __device__ __forceinline__ void add4(float4 &sum, float4 x) {
 
 static __device__ __forceinline__ EmbeddingSum load_row(const float *row, bool low, bool high) {
     const float4 zero = make_float4(0, 0, 0, 0);
-    return {low ? *reinterpret_cast<const float4 *>(row) : zero, high ? *reinterpret_cast<const float4 *>(row + 128) : zero};
+    return {low ? *reinterpret_cast<const float4 *>(row) : zero,
+            high ? *reinterpret_cast<const float4 *>(row + 128) : zero};
 }
 
 /* sum += dx at positions[first], positions[first + step], .. below count. */
-static __device__ __forceinline__ void embedding_sum(EmbeddingSum &sum, const float *dx, const int32_t *positions, int first, int step,
-                                                     int count, int d, bool low, bool high) {
+static __device__ __forceinline__ void embedding_sum(EmbeddingSum &sum, const float *dx, const int32_t *positions,
+                                                     int first, int step, int count, int d, bool low, bool high) {
 #pragma unroll 4
     for (int i = first; i < count; i += step) {
         EmbeddingSum x = load_row(dx + (int64_t)positions[i] * d, low, high);
@@ -129,7 +130,8 @@ static __global__ void embedding_backward_kernel(float *dw, const float *dx, Emb
             if (count >= EMBEDDING_SHARED) {
                 float *row = dw + (int64_t)sort.used_token[i] * d + column;
                 EmbeddingSum sum = load_row(row, low && warp == 0, high && warp == 0);
-                embedding_sum(sum, dx + column, sort.sorted + sort.used_start[i], warp, EMBEDDING_WARPS, count, d, low, high);
+                embedding_sum(sum, dx + column, sort.sorted + sort.used_start[i], warp, EMBEDDING_WARPS, count, d, low,
+                              high);
                 sums[warp][lane] = sum;
                 __syncthreads();
                 if (warp == 0) {
@@ -149,7 +151,8 @@ static __global__ void embedding_backward_kernel(float *dw, const float *dx, Emb
 
 void cuda_embedding_forward(float *x, const int32_t *tokens, const float *w, int64_t N, int d, cudaStream_t stream) {
     CUDA_REQUIRE(d % 4 == 0 && d > 0, "the width must be a multiple of 4");
-    embedding_forward_kernel<<<(unsigned)N, d / 4 < 128 ? (unsigned)round_up(d / 4, 32) : 128, 0, stream>>>(x, tokens, w, d);
+    embedding_forward_kernel<<<(unsigned)N, d / 4 < 128 ? (unsigned)round_up(d / 4, 32) : 128, 0, stream>>>(x, tokens,
+                                                                                                            w, d);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -171,12 +174,13 @@ static inline EmbeddingSort embedding_sort(int32_t *scratch, int64_t N, int V) {
     return sort;
 }
 
-void cuda_embedding_backward(float *dw, const float *dx, const int32_t *tokens, int32_t *scratch, int64_t N, int d, int V,
-                             cudaStream_t stream) {
+void cuda_embedding_backward(float *dw, const float *dx, const int32_t *tokens, int32_t *scratch, int64_t N, int d,
+                             int V, cudaStream_t stream) {
     CUDA_REQUIRE(d % 4 == 0 && d > 0, "the width must be a multiple of 4");
     CUDA_REQUIRE(N < (int64_t)1 << 26, "too many tokens at once");
     EmbeddingSort sort = embedding_sort(scratch, N, V);
-    unsigned blocks = (unsigned)((N + 255) / 256), columns = (unsigned)((d + EMBEDDING_COLUMNS - 1) / EMBEDDING_COLUMNS);
+    unsigned blocks = (unsigned)((N + 255) / 256),
+             columns = (unsigned)((d + EMBEDDING_COLUMNS - 1) / EMBEDDING_COLUMNS);
     CUDA_CHECK(cudaMemsetAsync(scratch, 0, sizeof(int32_t) * (size_t)(2 + V), stream));
     embedding_count_kernel<<<blocks, 256, 0, stream>>>(sort, tokens, N);
     CUDA_CHECK_LAUNCH();

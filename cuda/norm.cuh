@@ -23,8 +23,8 @@ static __device__ __forceinline__ float norm_block_sum(float x, float (&shared)[
     return warp_sum(lane < blockDim.x / 32 ? shared[lane] : 0.0f);
 }
 
-static __global__ void residual_norm_forward_kernel(bf16 *h, float *rstd, float *x_out, const float *x, const bf16 *branch,
-                                                    const float *w, int d, float eps) {
+static __global__ void residual_norm_forward_kernel(bf16 *h, float *rstd, float *x_out, const float *x,
+                                                    const bf16 *branch, const float *w, int d, float eps) {
     __shared__ float shared[32];
     int column = 8 * threadIdx.x;
     int64_t at = (int64_t)blockIdx.x * d + column;
@@ -104,8 +104,8 @@ static inline int norm_threads(int d) {
     return (int)round_up(d / 8, 32);
 }
 
-void cuda_residual_norm_forward(bf16 *h, float *rstd, float *x_out, const float *x, const bf16 *branch, const float *w, int64_t N,
-                                int d, float eps, cudaStream_t stream) {
+void cuda_residual_norm_forward(bf16 *h, float *rstd, float *x_out, const float *x, const bf16 *branch, const float *w,
+                                int64_t N, int d, float eps, cudaStream_t stream) {
     CUDA_REQUIRE(d % 8 == 0 && d > 0 && d <= 4096, "the width must be a multiple of 8, up to 4096");
     residual_norm_forward_kernel<<<(unsigned)N, norm_threads(d), 0, stream>>>(h, rstd, x_out, x, branch, w, d, eps);
     CUDA_CHECK_LAUNCH();
@@ -115,8 +115,8 @@ int64_t cuda_norm_scratch(int d) {
     return (int64_t)partial_count(norm_threads(d)) * d;
 }
 
-void cuda_norm_backward(float *dx, bf16 *dx_bf16, float *dw, float *scratch, const bf16 *dh, const float *x, const float *rstd,
-                        const float *w, int64_t N, int d, cudaStream_t stream) {
+void cuda_norm_backward(float *dx, bf16 *dx_bf16, float *dw, float *scratch, const bf16 *dh, const float *x,
+                        const float *rstd, const float *w, int64_t N, int d, cudaStream_t stream) {
     CUDA_REQUIRE(d % 8 == 0 && d > 0 && d <= 4096, "the width must be a multiple of 8, up to 4096");
     int parts = partial_count(norm_threads(d));
     norm_backward_kernel<<<parts, norm_threads(d), 0, stream>>>(dx, dx_bf16, scratch, dh, x, rstd, w, N, d);

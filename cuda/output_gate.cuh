@@ -16,8 +16,8 @@ enum { GATE_TOKENS = 2 }; /* in flight in a block of the forward pass */
 
 /* gate: the column's place in row 0 of the packed product, NULL without output gate. */
 static __global__ void __launch_bounds__(HEAD_THREADS)
-    output_gate_forward_kernel(bf16 *out, float *rstd, const bf16 *o, const bf16 *gate, int row, const float *w, int64_t N, int H,
-                               int D, int lanes, float eps) {
+    output_gate_forward_kernel(bf16 *out, float *rstd, const bf16 *o, const bf16 *gate, int row, const float *w,
+                               int64_t N, int H, int D, int lanes, float eps) {
     HeadLane at = head_lane(lanes, H, D);
     int64_t first = (int64_t)blockIdx.x * GATE_TOKENS;
     Bf16x8 raw[GATE_TOKENS], raw_gate[GATE_TOKENS];
@@ -72,19 +72,20 @@ struct GateToken {
 
 /* Tokens blockIdx.x, + gridDim.x, ..; the block's sums of dw go to its row of partials. */
 static __global__ void __launch_bounds__(HEAD_THREADS)
-    output_gate_backward_kernel(bf16 *d_o, bf16 *dgate, float *partials, const bf16 *dout, const bf16 *o, const float *rstd,
-                                const bf16 *gate, int row, const float *w, int64_t N, int H, int D, int lanes) {
+    output_gate_backward_kernel(bf16 *d_o, bf16 *dgate, float *partials, const bf16 *dout, const bf16 *o,
+                                const float *rstd, const bf16 *gate, int row, const float *w, int64_t N, int H, int D,
+                                int lanes) {
     HeadLane at = head_lane(lanes, H, D);
     float weight[8] = {}, dw[8] = {};
     if (w != NULL && at.active) {
         load8(weight, w + at.column);
     }
     auto load = [&](int64_t n) { /* one token ahead of the arithmetic */
-        bool wanted = at.active && n < N;
-        int64_t place = n * H * D + at.column;
-        return GateToken{load_raw8(dout + place, wanted), load_raw8(o + place, wanted),
-                         load_raw8(gate + n * row + at.column, wanted && gate != NULL),
-                         w != NULL && wanted ? rstd[n * H + at.head] : 1};
+                                 bool wanted = at.active && n < N;
+                                 int64_t place = n * H * D + at.column;
+                                 return GateToken{load_raw8(dout + place, wanted), load_raw8(o + place, wanted),
+                                                  load_raw8(gate + n * row + at.column, wanted && gate != NULL),
+                                                  w != NULL && wanted ? rstd[n * H + at.head] : 1};
     };
     GateToken next = load(blockIdx.x);
     for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
@@ -135,29 +136,32 @@ static inline int output_gate_parts(int d) {
     return partial_count((int)round_up(d / 8, 32));
 }
 
-void cuda_output_gate_forward(bf16 *out, float *rstd, const bf16 *o, const bf16 *packed, const PackedLayout *layout, const float *w,
-                              int64_t N, int H, int D, float eps, cudaStream_t stream) {
+void cuda_output_gate_forward(bf16 *out, float *rstd, const bf16 *o, const bf16 *packed, const PackedLayout *layout,
+                              const float *w, int64_t N, int H, int D, float eps, cudaStream_t stream) {
     CUDA_REQUIRE(w != NULL || layout->ogate >= 0, "there is neither an output norm nor an output gate");
-    CUDA_REQUIRE(layout->ogate < 0 || (layout->ogate % 8 == 0 && layout->row % 8 == 0), "the gate must start at a multiple of 8");
+    CUDA_REQUIRE(layout->ogate < 0 || (layout->ogate % 8 == 0 && layout->row % 8 == 0),
+                 "the gate must start at a multiple of 8");
     HeadGrid heads = head_grid(H, D);
     dim3 grid((unsigned)((N + GATE_TOKENS - 1) / GATE_TOKENS), (unsigned)heads.groups);
     const bf16 *gate = layout->ogate < 0 ? NULL : packed + layout->ogate;
-    output_gate_forward_kernel<<<grid, heads.threads, 0, stream>>>(out, rstd, o, gate, layout->row, w, N, H, D, heads.lanes, eps);
+    output_gate_forward_kernel<<<grid, heads.threads, 0, stream>>>(out, rstd, o, gate, layout->row, w, N, H, D,
+                                                                   heads.lanes, eps);
     CUDA_CHECK_LAUNCH();
 }
 
 void cuda_output_gate_backward(bf16 *d_o, bf16 *dpacked, float *dw, float *scratch, const bf16 *dout, const bf16 *o,
-                               const float *rstd, const bf16 *packed, const PackedLayout *layout, const float *w, int64_t N, int H,
-                               int D, cudaStream_t stream) {
+                               const float *rstd, const bf16 *packed, const PackedLayout *layout, const float *w,
+                               int64_t N, int H, int D, cudaStream_t stream) {
     CUDA_REQUIRE(w != NULL || layout->ogate >= 0, "there is neither an output norm nor an output gate");
-    CUDA_REQUIRE(layout->ogate < 0 || (layout->ogate % 8 == 0 && layout->row % 8 == 0), "the gate must start at a multiple of 8");
+    CUDA_REQUIRE(layout->ogate < 0 || (layout->ogate % 8 == 0 && layout->row % 8 == 0),
+                 "the gate must start at a multiple of 8");
     HeadGrid heads = head_grid(H, D);
     int parts = output_gate_parts(H * D);
     const bf16 *gate = layout->ogate < 0 ? NULL : packed + layout->ogate;
     bf16 *dgate = layout->ogate < 0 ? NULL : dpacked + layout->ogate;
     dim3 grid((unsigned)parts, (unsigned)heads.groups);
-    output_gate_backward_kernel<<<grid, heads.threads, 0, stream>>>(d_o, dgate, scratch, dout, o, rstd, gate, layout->row, w, N, H,
-                                                                    D, heads.lanes);
+    output_gate_backward_kernel<<<grid, heads.threads, 0, stream>>>(d_o, dgate, scratch, dout, o, rstd, gate,
+                                                                    layout->row, w, N, H, D, heads.lanes);
     CUDA_CHECK_LAUNCH();
     if (w != NULL) {
         sum_partials(dw, scratch, parts, H * D, stream);

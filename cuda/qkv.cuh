@@ -1,16 +1,18 @@
 /* From the packed product to what attention sees, and back (FoX paper, sections 3 and 4).
  *
- *     z = q, k, v columns of packed [N, row];   shift (k, v):  m[t] = a[t] z[t-1] + (1 - a[t]) z[t],  a = sigmoid(logit), z[-1] = 0
- *     norm (q, k), per head:  y = m * rstd * w,  rstd = 1 / sqrt(mean(m^2) + 1e-5);   RoPE (q, k, baseline only)
- *     log f[b, h, t] = logsigmoid(logit + bias)
+ *     z = q, k, v columns of packed [N, row]
+ *     shift (k, v)             m[t] = a[t] z[t-1] + (1 - a[t]) z[t],  a = sigmoid(logit), z[-1] = 0
+ *     norm (q, k), per head    y = m * rstd * w,  rstd = 1 / sqrt(mean(m^2) + 1e-5);  then RoPE (q, k, baseline only)
+ *     forget gate              log f[b, h, t] = logsigmoid(logit + bias)
  *
- *     backward, with g[t] the gradient of m[t]:  dz[t] = (1 - a[t]) g[t] + a[t+1] g[t+1]
- *     dlogit[t] = a (1 - a) sum_i g[t] (z[t-1] - z[t]),  g = rstd (dy w - mhat mean(dy w mhat)),  dw += sum over tokens of dy mhat
+ * backward, with g[t] the gradient of m[t]:
+ *     g = rstd (dy w - mhat mean(dy w mhat)),  dw += sum over tokens of dy mhat,  mhat = m * rstd
+ *     dz[t] = (1 - a[t]) g[t] + a[t+1] g[t+1],  dlogit[t] = a (1 - a) sum_i g[t] (z[t-1] - z[t])
  *
  * The three parts q, k, v never meet, so each is a block of its own (blockIdx.x % 3), with the same code and a row of a
- * table (QkvPart) for what differs. A block is one row of heads (heads.cuh) that walks down its stretch of tokens with the previous
- * token in registers; the backward walk writes dz[t-1] once g[t] is known, and goes one token past its end for the last.
- * Forward moves 12 bytes per token and column of q, backward 18. */
+ * table (QkvPart) for what differs. A block is one row of heads (heads.cuh) that walks down its stretch of tokens with
+ * the previous token in registers; the backward walk writes dz[t-1] once g[t] is known, and goes one token past its end
+ * for the last. Forward moves 12 bytes per token and column of q, backward 18. */
 #ifndef FOX_CUDA_QKV_CUH
 #define FOX_CUDA_QKV_CUH
 
@@ -19,14 +21,14 @@
 
 enum { QKV_TOKENS = 16 }; /* of a block of the forward pass */
 
-/* Turns per token of each pair of columns, base^(-2i/D) / (2 pi), in double: at position 131072 float is off by 0.01. */
+/* Turns per token of each pair of columns, base^(-2i/D) / (2 pi); in double: a float is off by 0.01 at 131072. */
 struct RopeTable {
     double turns[128];
 };
 
 struct QkvPart {
-    int column; /* of the first head in a packed row */
-    int logit;  /* column of the first head's logit: of the shift (k, v) or the forget gate (q); -1: none */
+    int column;        /* of the first head in a packed row */
+    int logit;         /* column of the first head's logit: of the shift (k, v) or the forget gate (q); -1: none */
     const float *norm; /* weights or NULL */
     float *rstd;       /* [N, H] */
     bf16 *y;           /* [N, d]: the result, or in backward its gradient */
@@ -35,8 +37,8 @@ struct QkvPart {
 
 /* Everything a launch needs besides the big pointers. */
 struct QkvTask {
-    QkvPart part[3];   /* q, k, v */
-    int columns, row;  /* of the packed layout */
+    QkvPart part[3];  /* q, k, v */
+    int columns, row; /* of the packed layout */
     const float *fgate_bias;
     bool shared; /* one norm weight for all heads */
     int N, T, H, D, lanes;
@@ -44,8 +46,8 @@ struct QkvTask {
 };
 
 /* Turns the pairs (x[i], x[i + D/2]) of a head by position * base^(-2i/D); direction -1 turns back. */
-static __device__ __forceinline__ void rotate_head(float x[8], const RopeTable &table, const HeadLane &at, int D, int lanes,
-                                                   int position, float direction) {
+static __device__ __forceinline__ void rotate_head(float x[8], const RopeTable &table, const HeadLane &at, int D,
+                                                   int lanes, int position, float direction) {
     bool low = at.within < D / 2;
     int from = threadIdx.x % 32 / lanes * lanes + (low ? at.within + D / 2 : at.within - D / 2) / 8 % lanes;
 #pragma unroll
@@ -66,13 +68,14 @@ static __device__ __forceinline__ int64_t log_f_next(int64_t place, int t, const
     return place + 1 + (t + 1 < task.T ? 0 : (int64_t)(task.H - 1) * task.T);
 }
 
-/* What a token brings; loaded one token ahead, so that the next one's way through memory hides behind the arithmetic. */
+/* What a token brings; loaded one token ahead, so that its way through memory hides behind the arithmetic. */
 struct QkvToken {
     Bf16x8 z, dy;
     float logit, rstd, dlog_f;
 };
 
-static __device__ __forceinline__ float load_logit(const bf16 *packed_row, const QkvPart &part, const HeadLane &at, bool wanted) {
+static __device__ __forceinline__ float load_logit(const bf16 *packed_row, const QkvPart &part, const HeadLane &at,
+                                                   bool wanted) {
     return wanted && at.active && part.logit >= 0 ? __bfloat162float(packed_row[part.logit + at.head]) : 0;
 }
 
@@ -82,7 +85,8 @@ static __device__ __forceinline__ void qkv_forward_part(float *log_f, const bf16
     HeadLane at = head_lane(task.lanes, task.H, task.D);
     const QkvPart &part = task.part[PART];
     const bool shifts = PART != 0 && part.logit >= 0, norms = PART != 2 && part.norm != NULL;
-    int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T, d = task.H * task.D;
+    int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T,
+        d = task.H * task.D;
     int64_t place = ((int64_t)(first / task.T) * task.H + at.head) * task.T + t;
     bool gate = PART == 0 && at.leader;
     float weight[8] = {}, bias = gate && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
@@ -169,14 +173,18 @@ static __device__ __forceinline__ QkvToken load_token(const QkvTask &task, const
 /* y of a part holds dy. dlog_f: NULL without forget gate. bias_partials: [parts, H]. */
 template <int PART, bool ROPE>
 static __device__ __forceinline__ void qkv_backward_part(bf16 *dpacked, float *bias_partials, const float *dlog_f,
-                                                         const bf16 *packed, const QkvTask &task, const RopeTable &table) {
+                                                         const bf16 *packed, const QkvTask &task,
+                                                         const RopeTable &table) {
     HeadLane at = head_lane(task.lanes, task.H, task.D);
     const QkvPart &part = task.part[PART];
     const bool gate = PART == 0, shifts = PART != 0 && part.logit >= 0, norms = PART != 2 && part.norm != NULL;
-    int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T, d = task.H * task.D;
-    float carry[8] = {}, dw[8] = {}, dbias = 0, bias = gate && at.leader && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
+    int first = blockIdx.x / 3 * task.tokens, end = min(first + task.tokens, task.N), t = first % task.T,
+        d = task.H * task.D;
+    float carry[8] = {}, dw[8] = {}, dbias = 0,
+          bias = gate && at.leader && part.logit >= 0 ? task.fgate_bias[at.head] : 0;
     const float *norm = part.norm + (task.shared ? at.within : at.column);
-    const float *dlog = gate && dlog_f != NULL ? dlog_f + ((int64_t)(first / task.T) * task.H + at.head) * task.T + t : NULL;
+    const float *dlog =
+        gate && dlog_f != NULL ? dlog_f + ((int64_t)(first / task.T) * task.H + at.head) * task.T + t : NULL;
     Bf16x8 before = load_raw8(packed + ((int64_t)first - 1) * task.row + part.column + at.column,
                               at.active && t > 0 && first < end && shifts);
     QkvToken next = load_token(task, part, at, packed, dlog, first, first < end);
@@ -280,8 +288,9 @@ static __global__ void __launch_bounds__(HEAD_THREADS, 3)
 /* ---- launchers ---- */
 
 /* The parts' columns, weights and results; statistics and gradients of the norms are the caller's to add. */
-static inline QkvTask qkv_task(const PackedLayout *layout, const QkvWeights *weights, const FoxConfig *config, const HeadGrid *heads,
-                               const bf16 *q, const bf16 *k, const bf16 *v, const float *q_rstd, const float *k_rstd, int B, int T) {
+static inline QkvTask qkv_task(const PackedLayout *layout, const QkvWeights *weights, const FoxConfig *config,
+                               const HeadGrid *heads, const bf16 *q, const bf16 *k, const bf16 *v, const float *q_rstd,
+                               const float *k_rstd, int B, int T) {
     CUDA_REQUIRE(layout->q % 8 == 0 && layout->k % 8 == 0 && layout->v % 8 == 0 && layout->row % 8 == 0,
                  "q, k, v and the rows of the packed product must start at multiples of 8");
     CUDA_REQUIRE((int64_t)B * T < (int64_t)1 << 30, "too many tokens at once");
@@ -337,10 +346,10 @@ int64_t cuda_qkv_scratch(const FoxConfig *config) {
     return (int64_t)qkv_parts(config) * (2 * config->hidden_size + round_up(config->num_heads, 4));
 }
 
-void cuda_qkv_backward(bf16 *dpacked, float *dq_norm, float *dk_norm, float *dfgate_bias, float *scratch, const bf16 *dq,
-                       const bf16 *dk, const bf16 *dv, const float *dlog_f, const bf16 *packed, const float *q_rstd,
-                       const float *k_rstd, const PackedLayout *layout, const QkvWeights *weights, const FoxConfig *config, int B,
-                       int T, cudaStream_t stream) {
+void cuda_qkv_backward(bf16 *dpacked, float *dq_norm, float *dk_norm, float *dfgate_bias, float *scratch,
+                       const bf16 *dq, const bf16 *dk, const bf16 *dv, const float *dlog_f, const bf16 *packed,
+                       const float *q_rstd, const float *k_rstd, const PackedLayout *layout, const QkvWeights *weights,
+                       const FoxConfig *config, int B, int T, cudaStream_t stream) {
     HeadGrid heads = qkv_heads(config);
     int parts = qkv_parts(config), d = config->hidden_size, H = config->num_heads;
     QkvTask task = qkv_task(layout, weights, config, &heads, dq, dk, dv, q_rstd, k_rstd, B, T);
@@ -350,8 +359,8 @@ void cuda_qkv_backward(bf16 *dpacked, float *dq_norm, float *dk_norm, float *dfg
     float *bias_partials = scratch + (int64_t)parts * 2 * d;
     auto kernel = config->use_rope ? qkv_backward_kernel<true> : qkv_backward_kernel<false>;
     dim3 grid((unsigned)parts * 3, (unsigned)heads.groups);
-    kernel<<<grid, heads.threads, 0, stream>>>(dpacked, bias_partials, config->use_forget_gate ? dlog_f : NULL, packed, task,
-                                               rope_table(config));
+    kernel<<<grid, heads.threads, 0, stream>>>(dpacked, bias_partials, config->use_forget_gate ? dlog_f : NULL, packed,
+                                               task, rope_table(config));
     CUDA_CHECK_LAUNCH();
     if (config->qk_norm) {
         /* A shared weight sees every head as a row of its own. */

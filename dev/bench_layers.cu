@@ -93,7 +93,8 @@ static FoxConfig bench_config(bool pro) {
 
 static void bench_stream(int64_t N, int d, int V) {
     double Nd = (double)N * d;
-    float *x = floats(N * d), *x_out = floats(N * d), *w = floats(d), *rstd = floats(N), *dw = floats(d), *table = floats((int64_t)V * d);
+    float *x = floats(N * d), *x_out = floats(N * d), *w = floats(d), *rstd = floats(N), *dw = floats(d),
+          *table = floats((int64_t)V * d);
     float *scratch = floats(cuda_norm_scratch(d));
     bf16 *branch = bf16s(N * d), *h = bf16s(N * d);
     int32_t *tokens = (int32_t *)fresh(4 * N, V), *sort = (int32_t *)fresh(4 * cuda_embedding_scratch(N, V), FLOATS);
@@ -105,13 +106,15 @@ static void bench_stream(int64_t N, int d, int V) {
     for (int32_t token : host) {
         used += seen[(size_t)token]++ == 0;
     }
-    bench("residual + norm forward", Nd * 12, [&] { cuda_residual_norm_forward(h, rstd, x_out, x, branch, w, N, d, 1e-6f, 0); });
+    bench("residual + norm forward", Nd * 12,
+          [&] { cuda_residual_norm_forward(h, rstd, x_out, x, branch, w, N, d, 1e-6f, 0); });
     bench("norm backward", Nd * 16, [&] { cuda_norm_backward(x_out, h, dw, scratch, branch, x, rstd, w, N, d, 0); });
     bench("embedding forward", Nd * 8, [&] { cuda_embedding_forward(x, tokens, table, N, d, 0); });
-    bench("embedding backward", Nd * 4 + used * d * 8, [&] { cuda_embedding_backward(table, x, tokens, sort, N, d, V, 0); });
+    bench("embedding backward", Nd * 4 + used * d * 8,
+          [&] { cuda_embedding_backward(table, x, tokens, sort, N, d, V, 0); });
     bench("  all tokens the same", Nd * 4, [&] { cuda_embedding_backward(table, x, same, sort, N, d, V, 0); });
-    for (void *p : {(void *)x, (void *)x_out, (void *)w, (void *)rstd, (void *)dw, (void *)table, (void *)scratch, (void *)branch,
-                    (void *)h, (void *)tokens, (void *)sort, (void *)same}) {
+    for (void *p : {(void *)x, (void *)x_out, (void *)w, (void *)rstd, (void *)dw, (void *)table, (void *)scratch,
+                    (void *)branch, (void *)h, (void *)tokens, (void *)sort, (void *)same}) {
         CUDA_CHECK(cudaFree(p));
     }
 }
@@ -126,13 +129,15 @@ static void bench_heads(int B, int T, bool pro) {
         layout = {0, d, 2 * d, -1, -1, -1, -1, 3 * d, 3 * d};
     }
     bf16 *packed = bf16s(N * row), *dpacked = bf16s(N * row), *q = bf16s(N * d), *k = bf16s(N * d), *v = bf16s(N * d);
-    float *q_rstd = floats(N * H), *k_rstd = floats(N * H), *log_f = floats(N * H), *w = floats(d), *dw = floats(d), *bias = floats(H);
+    float *q_rstd = floats(N * H), *k_rstd = floats(N * H), *log_f = floats(N * H), *w = floats(d), *dw = floats(d),
+          *bias = floats(H);
     float *scratch = floats(cuda_qkv_scratch(&c)), *norm_scratch = floats(cuda_norm_scratch(d));
     QkvWeights weights = {pro ? w : NULL, pro ? w : NULL, pro ? bias : NULL};
     bench(pro ? "qkv forward" : "qkv forward (rope)", Nd * 12,
           [&] { cuda_qkv_forward(q, k, v, q_rstd, k_rstd, log_f, packed, &layout, &weights, &c, B, T, 0); });
     bench(pro ? "qkv backward" : "qkv backward (rope)", Nd * 18, [&] {
-        cuda_qkv_backward(dpacked, dw, dw, bias, scratch, q, k, v, log_f, packed, q_rstd, k_rstd, &layout, &weights, &c, B, T, 0);
+        cuda_qkv_backward(dpacked, dw, dw, bias, scratch, q, k, v, log_f, packed, q_rstd, k_rstd, &layout, &weights, &c,
+                          B, T, 0);
     });
     if (pro) {
         bench("output gate forward", Nd * 6,
@@ -141,8 +146,8 @@ static void bench_heads(int B, int T, bool pro) {
             cuda_output_gate_backward(q, dpacked, dw, norm_scratch, k, v, q_rstd, packed, &layout, w, N, H, D, 0);
         });
     }
-    for (void *p : {(void *)packed, (void *)dpacked, (void *)q, (void *)k, (void *)v, (void *)q_rstd, (void *)k_rstd, (void *)log_f,
-                    (void *)w, (void *)dw, (void *)bias, (void *)scratch, (void *)norm_scratch}) {
+    for (void *p : {(void *)packed, (void *)dpacked, (void *)q, (void *)k, (void *)v, (void *)q_rstd, (void *)k_rstd,
+                    (void *)log_f, (void *)w, (void *)dw, (void *)bias, (void *)scratch, (void *)norm_scratch}) {
         CUDA_CHECK(cudaFree(p));
     }
 }
@@ -157,8 +162,10 @@ static void bench_mlp_and_loss(int64_t N, int F, int V) {
     bench("swiglu backward", (double)N * F * 10, [&] { cuda_swiglu_backward(dgu, out, gu, N, F, 0); });
     bench("cross entropy, 4096 rows", (double)chunk * V * 4,
           [&] { cuda_cross_entropy(losses, sum, logits, targets, chunk, V, row, 1e-4f, 0); });
-    bench("  loss only", (double)chunk * V * 2, [&] { cuda_cross_entropy(losses, sum, logits, targets, chunk, V, row, 0, 0); });
-    for (void *p : {(void *)gu, (void *)dgu, (void *)out, (void *)logits, (void *)losses, (void *)sum, (void *)targets}) {
+    bench("  loss only", (double)chunk * V * 2,
+          [&] { cuda_cross_entropy(losses, sum, logits, targets, chunk, V, row, 0, 0); });
+    for (void *p :
+         {(void *)gu, (void *)dgu, (void *)out, (void *)logits, (void *)losses, (void *)sum, (void *)targets}) {
         CUDA_CHECK(cudaFree(p));
     }
 }
@@ -180,7 +187,8 @@ static void bench_update(int64_t total) {
     CUDA_CHECK(cudaMemset(stats, 0, sizeof *stats));
     CUDA_CHECK(cudaMemset(v, 0, (size_t)total * 4));
     bench("gradient norm, 760M", (double)total * 4, [&] { cuda_gradient_norm(stats, scratch, g, total, 1, 0); });
-    bench("AdamW, 760M", (double)total * 34, [&] { cuda_adamw(p, p16, m, v, g, ranges, RANGES, total, &adamw, stats, 0); });
+    bench("AdamW, 760M", (double)total * 34,
+          [&] { cuda_adamw(p, p16, m, v, g, ranges, RANGES, total, &adamw, stats, 0); });
     bench("float32 to bf16, 760M", (double)total * 6, [&] { cuda_to_bf16(p16, p, total, 0); });
 }
 

@@ -12,9 +12,9 @@
 enum { GPU_GUARD = 256, GPU_BUFFERS = 40 };
 
 /* Tolerances of ||out - ref|| / ||ref||: bf16 has 8 bits, sums of float32 have 20. */
-#define GPU_BF16 3e-3
+#define GPU_BF16       3e-3
 #define GPU_BF16_ALONE 4e-3 /* one value alone is rounded by up to 2^-8 */
-#define GPU_FLOAT 1e-5
+#define GPU_FLOAT      1e-5
 
 /* Device memory of one case. Every buffer lies between guards; all bytes start as 0xff, which is NaN. */
 typedef struct Gpu {
@@ -149,14 +149,15 @@ static void gpu_compare(Gpu *g, GpuWorst *worst, const char *name, double error,
     check(g->t, error <= tolerance, "%s, %s: error %.3g, allowed %.3g", g->what, name, error, tolerance);
 }
 
-static void gpu_check_floats(Gpu *g, GpuWorst *worst, const char *name, const float *device, const float *ref, int64_t count,
-                             double tolerance) {
+static void gpu_check_floats(Gpu *g, GpuWorst *worst, const char *name, const float *device, const float *ref,
+                             int64_t count, double tolerance) {
     float *out = gpu_read(device, count);
     gpu_compare(g, worst, name, relative_error(out, ref, count), tolerance);
     free(out);
 }
 
-static void gpu_check_bf16(Gpu *g, GpuWorst *worst, const char *name, const bf16 *device, const float *ref, int64_t count) {
+static void gpu_check_bf16(Gpu *g, GpuWorst *worst, const char *name, const bf16 *device, const float *ref,
+                           int64_t count) {
     float *out = gpu_read_bf16(device, count);
     gpu_compare(g, worst, name, relative_error(out, ref, count), GPU_BF16);
     free(out);
@@ -212,12 +213,12 @@ static float *float_copy(const float *x, int64_t count) {
 }
 
 /* Host memory that a case frees together. */
-#define FREE_ALL(...)                                                        \
-    do {                                                                     \
-        void *all_[] = {__VA_ARGS__};                                        \
-        for (size_t i_ = 0; i_ < sizeof all_ / sizeof all_[0]; i_++) {       \
-            free(all_[i_]);                                                  \
-        }                                                                    \
+#define FREE_ALL(...)                                                                                                  \
+    do {                                                                                                               \
+        void *all_[] = {__VA_ARGS__};                                                                                  \
+        for (size_t i_ = 0; i_ < sizeof all_ / sizeof all_[0]; i_++) {                                                 \
+            free(all_[i_]);                                                                                            \
+        }                                                                                                              \
     } while (0)
 
 /* A shape of the grid; seed chooses inputs and switches. */
@@ -237,10 +238,12 @@ static void gpu_cases(Tests *t, const char *name, GpuCase run, const GpuShape *s
             GpuShape shape = shapes[i];
             shape.seed = (uint64_t)(100 * i + s + 1);
             uint64_t first = run(t, &worst, shape), second = run(t, &worst, shape);
-            check(t, first == second, "%s: a second run of B %d, T %d, H %d, D %d differs", name, shape.B, shape.T, shape.H, shape.D);
+            check(t, first == second, "%s: a second run of B %d, T %d, H %d, D %d differs", name, shape.B, shape.T,
+                  shape.H, shape.D);
         }
     }
-    printf("cuda %-16s worst error: bf16 %.2e, float32 %.2e (%.1f s)\n", name, worst.bf16, worst.floats, fox_now() - start);
+    printf("cuda %-16s worst error: bf16 %.2e, float32 %.2e (%.1f s)\n", name, worst.bf16, worst.floats,
+           fox_now() - start);
 }
 
 /* ---- residual stream ---- */
@@ -251,9 +254,10 @@ static uint64_t cuda_norm_case(Tests *t, GpuWorst *worst, GpuShape s) {
     int64_t N = (int64_t)s.B * s.T;
     int d = s.H * s.D, mode = (int)(s.seed % 4);
     float eps = 1e-6f;
-    float *x = gpu_random(&g, N * d, 0.1, 2), *branch = gpu_random_bf16(&g, N * d, 0, 1), *w = gpu_random(&g, d, 1, 0.3);
+    float *x = gpu_random(&g, N * d, 0.1, 2), *branch = gpu_random_bf16(&g, N * d, 0, 1),
+          *w = gpu_random(&g, d, 1, 0.3);
     float *dh = gpu_random_bf16(&g, N * d, 0, 1), *dx = gpu_random(&g, N * d, 0, 1), *dw = gpu_random(&g, d, 0, 1);
-    float *h = FOX_NEW(float, N * d), *rstd = FOX_NEW(float, N);
+    float *h = FOX_NEW(float, N *d), *rstd = FOX_NEW(float, N);
 
     float *gx = gpu_floats(&g, x, N * d), *gw = gpu_floats(&g, w, d), *grstd = gpu_new_floats(&g, N);
     bf16 *gbranch = mode < 2 ? gpu_bf16(&g, branch, N * d) : NULL, *gh = gpu_new_bf16(&g, N * d);
@@ -292,11 +296,12 @@ static uint64_t cuda_embedding_case(Tests *t, GpuWorst *worst, GpuShape s) {
         double u = fox_uniform(s.seed, (uint64_t)n);
         tokens[n] = (int32_t)(V * (s.seed % 3 == 0 ? u : s.seed % 3 == 1 ? pow(u, 6) : 0.999));
     }
-    float *w = gpu_random(&g, (int64_t)V * d, 0, 1), *x = FOX_NEW(float, N * d), *dx = gpu_random(&g, N * d, 0, 1);
+    float *w = gpu_random(&g, (int64_t)V * d, 0, 1), *x = FOX_NEW(float, N *d), *dx = gpu_random(&g, N * d, 0, 1);
     float *dw = gpu_random(&g, (int64_t)V * d, 0, 1);
     float *gw = gpu_floats(&g, w, (int64_t)V * d), *gx = gpu_new_floats(&g, N * d), *gdx = gpu_floats(&g, dx, N * d);
     float *gdw = gpu_floats(&g, dw, (int64_t)V * d);
-    int32_t *gtokens = (int32_t *)gpu_copy(&g, tokens, 4 * N), *scratch = (int32_t *)gpu_scratch(&g, 4 * cuda_embedding_scratch(N, V));
+    int32_t *gtokens = (int32_t *)gpu_copy(&g, tokens, 4 * N),
+            *scratch = (int32_t *)gpu_scratch(&g, 4 * cuda_embedding_scratch(N, V));
     embedding_forward(x, tokens, w, N, d);
     cuda_embedding_forward(gx, gtokens, gw, N, d, 0);
     gpu_check_floats(&g, worst, "x", gx, x, N * d, 0);
@@ -358,7 +363,8 @@ static PackedLayout cuda_test_layout(const FoxConfig *c) {
 }
 
 /* Copies `width` columns of a packed matrix, from `column` (-1: does nothing) on, out or (into) in. */
-static void packed_columns(float *packed, const PackedLayout *p, int column, float *x, int64_t N, int width, bool into) {
+static void packed_columns(float *packed, const PackedLayout *p, int column, float *x, int64_t N, int width,
+                           bool into) {
     for (int64_t n = 0; n < N && column >= 0; n++) {
         float *row = packed + n * p->row + column;
         memcpy(into ? row : x + n * width, into ? x + n * width : row, sizeof(float) * (size_t)width);
@@ -366,7 +372,8 @@ static void packed_columns(float *packed, const PackedLayout *p, int column, flo
 }
 
 /* The activations of a layer that meet the packed product, all columns. */
-static void packed_activations(float *packed, const PackedLayout *p, const FoxConfig *c, FoxActs *a, int64_t N, bool into) {
+static void packed_activations(float *packed, const PackedLayout *p, const FoxConfig *c, FoxActs *a, int64_t N,
+                               bool into) {
     int d = c->hidden_size, H = c->num_heads;
     packed_columns(packed, p, p->q, a->q_lin, N, d, into);
     packed_columns(packed, p, p->k, a->k_lin, N, d, into);
@@ -377,8 +384,8 @@ static void packed_activations(float *packed, const PackedLayout *p, const FoxCo
 }
 
 /* What precedes attention in fox_block_backward; dlog_f: [B, H, T], logits: those of the forget gate with their bias. */
-static void qkv_backward_reference(const FoxConfig *c, FoxLayerWeights *w, FoxLayerWeights *dw, FoxActs *da, const FoxActs *a,
-                                   const float *dlog_f, int B, int T) {
+static void qkv_backward_reference(const FoxConfig *c, FoxLayerWeights *w, FoxLayerWeights *dw, FoxActs *da,
+                                   const FoxActs *a, const float *dlog_f, int B, int T) {
     int H = c->num_heads, D = c->hidden_size / H;
     int64_t N = (int64_t)B * T;
     bool shared = c->qk_norm_share_param_across_head;
@@ -408,8 +415,9 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
     FoxConfig c = cuda_test_config(s);
     PackedLayout p = cuda_test_layout(&c);
     char what[200];
-    snprintf(what, sizeof what, "qkv B %d T %d H %d D %d, gate %d rope %d norm %d shared %d shifts %d %d", s.B, s.T, s.H, s.D,
-             c.use_forget_gate, c.use_rope, c.qk_norm, c.qk_norm_share_param_across_head, c.use_k_shift, c.use_v_shift);
+    snprintf(what, sizeof what, "qkv B %d T %d H %d D %d, gate %d rope %d norm %d shared %d shifts %d %d", s.B, s.T,
+             s.H, s.D, c.use_forget_gate, c.use_rope, c.qk_norm, c.qk_norm_share_param_across_head, c.use_k_shift,
+             c.use_v_shift);
     Gpu g = gpu_begin(t, what, s.seed);
     int H = s.H, d = H * s.D, width = c.qk_norm_share_param_across_head ? s.D : d;
     int64_t N = (int64_t)s.B * s.T, NH = N * H;
@@ -417,12 +425,15 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
     FoxLayerWeights w, dw;
     float *packed = gpu_random_bf16(&g, N * p.row, 0, 2), *bias = gpu_random(&g, H, 2, 1), *log_f = FOX_NEW(float, NH);
     float *q_norm = gpu_random(&g, width, 1, 0.3), *k_norm = gpu_random(&g, width, 1, 0.3);
-    float *dq_norm = gpu_random(&g, width, 0, 1), *dk_norm = gpu_random(&g, width, 0, 1), *dbias = gpu_random(&g, H, 0, 1);
-    float *dq = gpu_random_bf16(&g, N * d, 0, 1), *dk = gpu_random_bf16(&g, N * d, 0, 1), *dv = gpu_random_bf16(&g, N * d, 0, 1);
+    float *dq_norm = gpu_random(&g, width, 0, 1), *dk_norm = gpu_random(&g, width, 0, 1),
+          *dbias = gpu_random(&g, H, 0, 1);
+    float *dq = gpu_random_bf16(&g, N * d, 0, 1), *dk = gpu_random_bf16(&g, N * d, 0, 1),
+          *dv = gpu_random_bf16(&g, N * d, 0, 1);
     float *dlog_f = gpu_random(&g, NH, 0, 1);
     memset(&w, 0, sizeof w);
     memset(&dw, 0, sizeof dw);
-    w.q_norm = q_norm, w.k_norm = k_norm, dw.q_norm = float_copy(dq_norm, width), dw.k_norm = float_copy(dk_norm, width);
+    w.q_norm = q_norm, w.k_norm = k_norm, dw.q_norm = float_copy(dq_norm, width),
+    dw.k_norm = float_copy(dk_norm, width);
     dw.fgate_bias = float_copy(dbias, H);
 
     packed_activations(packed, &p, &c, &a, N, false);
@@ -459,7 +470,8 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
     memcpy(a.q_lin, q_lin, sizeof(float) * (size_t)(N * d));
     memcpy(a.k_lin, k_lin, sizeof(float) * (size_t)(N * d));
 
-    float *gdq_norm = gpu_floats(&g, dq_norm, width), *gdk_norm = gpu_floats(&g, dk_norm, width), *gdbias = gpu_floats(&g, dbias, H);
+    float *gdq_norm = gpu_floats(&g, dq_norm, width), *gdk_norm = gpu_floats(&g, dk_norm, width),
+          *gdbias = gpu_floats(&g, dbias, H);
     float *gdlog_f = gpu_floats(&g, dlog_f, NH), *scratch = (float *)gpu_scratch(&g, 4 * cuda_qkv_scratch(&c));
     bf16 *gdpacked = gpu_new_bf16(&g, N * p.row);
     cuda_qkv_backward(gdpacked, gdq_norm, gdk_norm, gdbias, scratch, gpu_bf16(&g, dq, N * d), gpu_bf16(&g, dk, N * d),
@@ -470,13 +482,17 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
     qkv_backward_reference(&c, &w, &dw, &da, &a, dlog_f, s.B, s.T);
 
     /* Column by column, since their sizes differ: padding must be zero, the output gate's columns untouched. */
-    float *dpacked = gpu_read_bf16(gdpacked, N * p.row), *ours = FOX_NEW(float, N * d);
+    float *dpacked = gpu_read_bf16(gdpacked, N * p.row), *ours = FOX_NEW(float, N *d);
     const struct {
         const char *name;
         int column, width;
         const float *ref;
-    } parts[] = {{"dq", p.q, d, da.q_lin},           {"dk", p.k, d, da.k_lin},           {"dv", p.v, d, da.v_lin},
-                 {"dk shift", p.k_shift, H, da.k_alpha}, {"dv shift", p.v_shift, H, da.v_alpha}, {"dfgate", p.fgate, H, da.f}};
+    } parts[] = {{"dq", p.q, d, da.q_lin},
+                 {"dk", p.k, d, da.k_lin},
+                 {"dv", p.v, d, da.v_lin},
+                 {"dk shift", p.k_shift, H, da.k_alpha},
+                 {"dv shift", p.v_shift, H, da.v_alpha},
+                 {"dfgate", p.fgate, H, da.f}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         if (parts[i].column >= 0) {
             packed_columns(dpacked, &p, parts[i].column, ours, N, parts[i].width, false);
@@ -501,8 +517,8 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
     if (c.use_forget_gate) {
         gpu_check_floats(&g, worst, "dbias", gdbias, dw.fgate_bias, H, GPU_FLOAT);
     }
-    FREE_ALL(packed, bias, log_f, q_norm, k_norm, dq_norm, dk_norm, dbias, dq, dk, dv, dlog_f, dw.q_norm, dw.k_norm, dw.fgate_bias,
-             q_lin, k_lin, dpacked, ours, a.memory, da.memory);
+    FREE_ALL(packed, bias, log_f, q_norm, k_norm, dq_norm, dk_norm, dbias, dq, dk, dv, dlog_f, dw.q_norm, dw.k_norm,
+             dw.fgate_bias, q_lin, k_lin, dpacked, ours, a.memory, da.memory);
     return gpu_end(&g);
 }
 
@@ -510,13 +526,14 @@ static uint64_t cuda_qkv_case(Tests *t, GpuWorst *worst, GpuShape s) {
 static uint64_t cuda_rope_case(Tests *t, GpuWorst *worst, GpuShape s) {
     Gpu g = gpu_begin(t, "rope at 131072", s.seed);
     FoxConfig c = cuda_test_config(s);
-    c.use_forget_gate = c.qk_norm = c.qk_norm_share_param_across_head = c.use_k_shift = c.use_v_shift = c.use_output_gate = false;
+    c.use_forget_gate = c.qk_norm = c.qk_norm_share_param_across_head = c.use_k_shift = c.use_v_shift =
+        c.use_output_gate = false;
     c.use_rope = true;
     c.rope_base = 500000;
     PackedLayout p = cuda_test_layout(&c);
     int d = s.H * s.D, last = 100;
     int64_t N = (int64_t)s.B * s.T;
-    float *packed = gpu_random_bf16(&g, N * p.row, 0, 1), *tail = FOX_NEW(float, last * d);
+    float *packed = gpu_random_bf16(&g, N * p.row, 0, 1), *tail = FOX_NEW(float, last *d);
     QkvWeights w = {NULL, NULL, NULL};
     bf16 *gpacked = gpu_bf16(&g, packed, N * p.row), *gq = gpu_new_bf16(&g, N * d), *gk = gpu_new_bf16(&g, N * d);
     bf16 *gv = gpu_new_bf16(&g, N * d);
@@ -536,12 +553,15 @@ static uint64_t cuda_output_gate_case(Tests *t, GpuWorst *worst, GpuShape s) {
     PackedLayout p = cuda_test_layout(&c);
     int H = s.H, D = s.D, d = H * D;
     int64_t N = (int64_t)s.B * s.T;
-    float *o = gpu_random_bf16(&g, N * d, 0, 1), *packed = gpu_random_bf16(&g, N * p.row, 0, 2), *w = gpu_random(&g, d, 1, 0.3);
-    float *dout = gpu_random_bf16(&g, N * d, 0, 1), *dw = gpu_random(&g, d, 0, 1), *out = FOX_NEW(float, N * d);
-    float *gate = FOX_NEW(float, N * d), *dgate = FOX_NEW(float, N * d), *y = float_copy(o, N * d), *rstd = FOX_NEW(float, N * H);
-    float *dy = FOX_NEW(float, N * d), *d_o = FOX_NEW(float, N * d);
+    float *o = gpu_random_bf16(&g, N * d, 0, 1), *packed = gpu_random_bf16(&g, N * p.row, 0, 2),
+          *w = gpu_random(&g, d, 1, 0.3);
+    float *dout = gpu_random_bf16(&g, N * d, 0, 1), *dw = gpu_random(&g, d, 0, 1), *out = FOX_NEW(float, N *d);
+    float *gate = FOX_NEW(float, N *d), *dgate = FOX_NEW(float, N *d), *y = float_copy(o, N * d),
+          *rstd = FOX_NEW(float, N *H);
+    float *dy = FOX_NEW(float, N *d), *d_o = FOX_NEW(float, N *d);
 
-    float *gw = c.use_output_norm ? gpu_floats(&g, w, d) : NULL, *grstd = gpu_new_floats(&g, N * H), *gdw = gpu_floats(&g, dw, d);
+    float *gw = c.use_output_norm ? gpu_floats(&g, w, d) : NULL, *grstd = gpu_new_floats(&g, N * H),
+          *gdw = gpu_floats(&g, dw, d);
     float *scratch = (float *)gpu_scratch(&g, 4 * cuda_norm_scratch(d));
     bf16 *go = gpu_bf16(&g, o, N * d), *gpacked = gpu_bf16(&g, packed, N * p.row), *gout = gpu_new_bf16(&g, N * d);
     bf16 *gdpacked = gpu_new_bf16(&g, N * p.row), *gd_o = gpu_new_bf16(&g, N * d), *gdout = gpu_bf16(&g, dout, N * d);
@@ -559,7 +579,7 @@ static uint64_t cuda_output_gate_case(Tests *t, GpuWorst *worst, GpuShape s) {
         gate_forward(out, y, gate, N * d);
         memset(dy, 0, sizeof(float) * (size_t)(N * d));
         gate_backward(dy, dgate, dout, y, gate, N * d);
-        float *dpacked = gpu_read_bf16(gdpacked, N * p.row), *ours = FOX_NEW(float, N * d);
+        float *dpacked = gpu_read_bf16(gdpacked, N * p.row), *ours = FOX_NEW(float, N *d);
         packed_columns(dpacked, &p, p.ogate, ours, N, d, false);
         gpu_compare(&g, worst, "dgate", relative_error(ours, dgate, N * d), GPU_BF16);
         bool others = true;
@@ -588,7 +608,8 @@ static uint64_t cuda_swiglu_case(Tests *t, GpuWorst *worst, GpuShape s) {
     Gpu g = gpu_begin(t, "swiglu", s.seed);
     int64_t N = (int64_t)s.B * s.T;
     int F = s.seed % 2 ? 16 * s.H : 8 * (int)(1 + fox_random(s.seed, 3) % 700);
-    float *gu = gpu_random_bf16(&g, N * 2 * F, 0, 2), *out = FOX_NEW(float, N * F), *dout = gpu_random_bf16(&g, N * F, 0, 1);
+    float *gu = gpu_random_bf16(&g, N * 2 * F, 0, 2), *out = FOX_NEW(float, N *F),
+          *dout = gpu_random_bf16(&g, N * F, 0, 1);
     float *dgu = FOX_NEW(float, N * 2 * F);
     gu[0] = 200, gu[1] = -200, gu[2] = -88; /* saturated gates stay finite */
     bf16 *ggu = gpu_bf16(&g, gu, N * 2 * F), *gout = gpu_new_bf16(&g, N * F), *gdout = gpu_bf16(&g, dout, N * F);
@@ -611,7 +632,8 @@ static uint64_t cuda_entropy_case(Tests *t, GpuWorst *worst, GpuShape s) {
     static const int sizes[] = {50257, 61, 8, 1, 256, 130001, 16384};
     int V = sizes[s.seed % 7], row = (V + 63) / 64 * 64;
     int64_t N = s.seed % 7 == 0 || s.seed % 7 == 5 ? (s.T < 100 ? s.T : 100) : fox_min64((int64_t)s.B * s.T, 500);
-    float scale = s.seed % 5 == 0 ? 0.0f : 0.37f, *z = gpu_random_bf16(&g, N * row, 1, 4), *logits = FOX_NEW(float, N * V);
+    float scale = s.seed % 5 == 0 ? 0.0f : 0.37f, *z = gpu_random_bf16(&g, N * row, 1, 4),
+          *logits = FOX_NEW(float, N *V);
     float *losses = FOX_NEW(float, N), *ours;
     int32_t *targets = FOX_NEW(int32_t, N);
     double before = 12.5, sum = before;
@@ -656,7 +678,7 @@ static uint64_t cuda_adamw_case(Tests *t, GpuWorst *worst, GpuShape s) {
     enum { RANGES = 40 };
     AdamWRange ranges[RANGES];
     int64_t total = 0;
-    for (int i = 0; i < RANGES; i++) { /* sizes of all kinds, gaps between some, starts aligned as in the table of tensors or not */
+    for (int i = 0; i < RANGES; i++) { /* sizes of all kinds, gaps between some, aligned starts or not */
         int64_t size = 1 + (int64_t)(fox_random(s.seed, (uint64_t)i) % (i % 5 == 0 ? 40000 : 90));
         total += (int64_t)(fox_random(s.seed, (uint64_t)(100 + i)) % 3) * 4;
         total = s.seed % 2 ? total : (total + 15) / 16 * 16;
@@ -689,16 +711,19 @@ static uint64_t cuda_adamw_case(Tests *t, GpuWorst *worst, GpuShape s) {
         }
         norm = sqrt(norm);
         double scale = adamw.grad_clip > 0 && norm > adamw.grad_clip ? adamw.grad_clip / norm : 1;
-        check(t, fabs(stats->grad_norm - norm) <= 1e-12 * norm && stats->applied == 1 && stats->loss == 2.5 &&
-                     fabs((double)stats->grad_scale - scale) <= 1e-7 * scale,
+        check(t,
+              fabs(stats->grad_norm - norm) <= 1e-12 * norm && stats->applied == 1 && stats->loss == 2.5 &&
+                  fabs((double)stats->grad_scale - scale) <= 1e-7 * scale,
               "AdamW: norm %.15g (expected %.15g), scale %.9g (expected %.9g), applied %d", stats->grad_norm, norm,
               (double)stats->grad_scale, scale, stats->applied);
         for (int r = 0; r < RANGES; r++) {
             for (int64_t i = ranges[r].start; i < ranges[r].start + ranges[r].size; i++) {
-                double x = (double)grad[i] * scale, first = 0.9 * (double)m[i] + 0.1 * x, second = 0.95 * (double)v[i] + 0.05 * x * x;
+                double x = (double)grad[i] * scale, first = 0.9 * (double)m[i] + 0.1 * x,
+                       second = 0.95 * (double)v[i] + 0.05 * x * x;
                 m[i] = (float)first;
                 v[i] = (float)second;
-                p[i] = (float)((double)p[i] * (1 - 1e-3 * (double)ranges[r].decay) - 1e-2 * (first / c1) / (sqrt(second / c2) + 1e-8));
+                p[i] = (float)((double)p[i] * (1 - 1e-3 * (double)ranges[r].decay) -
+                               1e-2 * (first / c1) / (sqrt(second / c2) + 1e-8));
             }
         }
         gpu_check_floats(&g, worst, "grads are zero", ggrad, zero, total, 0);
@@ -748,9 +773,10 @@ static void test_cuda_refusal(Tests *t) {
 }
 
 static void test_cuda_layers(Tests *t) {
-    static const GpuShape shapes[] = {{1, 1, 1, 64, 0},   {3, 1, 5, 128, 0},  {1, 77, 5, 64, 0},  {3, 77, 12, 64, 0}, {1, 200, 1, 128, 0},
-                                      {3, 200, 5, 64, 0}, {2, 130, 3, 16, 0}, {2, 77, 2, 48, 0},  {1, 61, 3, 256, 0}, {1, 37, 17, 240, 0},
-                                      {3, 19, 64, 64, 0}, {1, 4097, 5, 128, 0}, {1, 4097, 12, 64, 0}};
+    static const GpuShape shapes[] = {
+        {1, 1, 1, 64, 0},   {3, 1, 5, 128, 0},    {1, 77, 5, 64, 0},   {3, 77, 12, 64, 0}, {1, 200, 1, 128, 0},
+        {3, 200, 5, 64, 0}, {2, 130, 3, 16, 0},   {2, 77, 2, 48, 0},   {1, 61, 3, 256, 0}, {1, 37, 17, 240, 0},
+        {3, 19, 64, 64, 0}, {1, 4097, 5, 128, 0}, {1, 4097, 12, 64, 0}};
     static const GpuShape far_away = {1, 131172, 1, 64, 0};
     int devices = 0, all = (int)(sizeof shapes / sizeof shapes[0]), count = t->quick ? all - 2 : all;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
