@@ -68,6 +68,7 @@ typedef struct AcpSaved {
     float *lift;  /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
     int *first;   /* [BH, blocks], first key block of each query block */
     int *last;    /* [BH, blocks], last query block of each key block */
+    int *order[2]; /* [BH * blocks] each: (row, query block) and (row, key block) as row * blocks + block, longest first */
 } AcpSaved;
 
 /* Shared by all layers; forward and backward use different parts at different times. */
@@ -104,6 +105,8 @@ static inline AcpSaved acp_saved(const AcpShape *shape, void *memory, int64_t *b
     s.lift = (float *)acp_take(start, &used, BH * blocks * ACP_BLOCK, sizeof(float));
     s.first = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     s.last = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    s.order[0] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    s.order[1] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     *bytes = used;
     return s;
 }
@@ -536,6 +539,38 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
     }
 }
 
+/* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among equals,
+ * neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order within a
+ * level may differ from run to run; results do not depend on it. grid (2), for query blocks and key blocks; 1024 threads. */
+static __global__ void acp_order_kernel(int tiles, int blocks, AcpSaved saved) {
+    enum { LEVELS = 64 };
+    __shared__ int place[LEVELS];
+    const int *edge = blockIdx.x == 0 ? saved.first : saved.last;
+    int *order = saved.order[blockIdx.x];
+    if (threadIdx.x < LEVELS) {
+        place[threadIdx.x] = 0;
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < tiles; i += 1024) {
+        atomicAdd(&place[abs(i % blocks - edge[i]) * LEVELS / blocks], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int start = 0;
+        for (int level = LEVELS - 1; level >= 0; level--) {
+            int count = place[level];
+            place[level] = start;
+            start += count;
+        }
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < tiles; i += 1024) {
+        order[atomicAdd(&place[abs(i % blocks - edge[i]) * LEVELS / blocks], 1)] = i;
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* Tiles in shared memory and products on tensor cores.
  *
@@ -668,10 +703,9 @@ struct AcpRows<D, MT, true> {
     }
 };
 
-/* acc[16 MT, 8 NT] = A[16 MT, D] B[8 NT, D]^T. meanwhile(step, steps) is other work, done while the tensor cores compute:
- * a warp goes on after it has issued a product. */
-template <int D, int MT, int NT, typename Rows, typename Work>
-static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Rows &a, uint32_t b, Work meanwhile) {
+/* acc[16 MT, 8 NT] = A[16 MT, D] B[8 NT, D]^T */
+template <int D, int MT, int NT, typename Rows>
+static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Rows &a, uint32_t b) {
     acp_zero<MT, NT>(acc);
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) {
@@ -686,14 +720,8 @@ static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Row
                 acp_mma(acc[mt][2 * np + 1], fa[mt], fb[2], fb[3]);
             }
         }
-        meanwhile(kk, D / 16);
     }
 }
-
-struct AcpNothing {
-    __device__ __forceinline__ void operator()(int, int) const {
-    }
-};
 
 /* acc[16 MT, D] += W[16 MT, columns 16 ks .. 16 ks + 15] B[rows 16 ks .. 16 ks + 15, D]; W are accumulators of an earlier
  * product, rounded to bf16. */
@@ -782,11 +810,7 @@ struct AcpForward {
 
 template <int D>
 struct AcpForwardTraits {
-#ifdef TRY_FK32
-    static constexpr int KEYS = D == 64 ? 64 : 32; /* per step */
-#else
-    static constexpr int KEYS = 64; /* per step */
-#endif
+    static constexpr int KEYS = D == 64 ? 64 : 32; /* per step; more would not fit the registers */
 };
 
 template <int D>
@@ -806,8 +830,8 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     constexpr int MT = 2, KEYS = AcpForwardTraits<D>::KEYS, NT = KEYS / 8, TILE = KEYS * D * 2;
     const AcpInputs &in = p.in;
     const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
-    int heads = gridDim.x / in.blocks, m = in.blocks - 1 - blockIdx.x / heads; /* longest rows first */
-    int64_t bh = blockIdx.x % heads;
+    int place = p.saved.order[0][blockIdx.x], m = place % in.blocks;
+    int64_t bh = place / in.blocks;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
     const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
@@ -827,11 +851,7 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     acp_copies_done();
     __syncthreads();
 
-#ifdef TRY_FNOKEEP
-    AcpRows<D, MT, false> q;
-#else
     AcpRows<D, MT, D == 64> q;
-#endif
     q.init(acp_shared(shared.q) + row0 * 2 * D + acp_lane_a<D>());
     float o[MT][D / 8][4], high[MT][2], sum[MT][2];
     acp_zero<MT, D / 8>(o);
@@ -852,7 +872,7 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
         int stage = n % 2;
         float shift = (float)(own_base - base[n * KEYS / ACP_BLOCK]);
         float s[MT][NT][4];
-        acp_product_abt<D, MT, NT>(s, q, sk + stage * TILE + acp_lane_b<D>(), AcpNothing());
+        acp_product_abt<D, MT, NT>(s, q, sk + stage * TILE + acp_lane_b<D>());
         if (n * KEYS + KEYS - 1 > q0 + row0) {
             acp_mask<MT, NT, false>(s, q0 + row0, n * KEYS);
         }
@@ -980,8 +1000,8 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     constexpr int MT = 2, NT = 4, KEYS = AcpDqTraits<D>::KEYS, TILE = KEYS * D * 2;
     const AcpInputs &in = p.in;
     const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
-    int heads = gridDim.x / in.blocks, m = in.blocks - 1 - blockIdx.x / heads;
-    int64_t bh = blockIdx.x % heads, d = (int64_t)in.H * D;
+    int place = p.saved.order[0][blockIdx.x], m = place % in.blocks;
+    int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
     const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
@@ -1010,11 +1030,7 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     acp_copies_done();
     __syncthreads();
 
-#ifdef TRY_DQNOKEEP
-    AcpRows<D, MT, false> q, dout;
-#else
     AcpRows<D, MT, D == 64> q, dout;
-#endif
     q.init(acp_shared(shared.q) + row0 * 2 * D + acp_lane_a<D>());
     dout.init(acp_shared(shared.dout) + row0 * 2 * D + acp_lane_a<D>());
     float dq[MT][D / 8][4];
@@ -1035,31 +1051,26 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
             }
             uint32_t tile = stage * TILE + part * 32 * 2 * D;
             float s[MT][NT][4], dp[MT][NT][4];
-            acp_product_abt<D, MT, NT>(s, q, sk + tile + acp_lane_b<D>(), AcpNothing());
+            acp_product_abt<D, MT, NT>(s, q, sk + tile + acp_lane_b<D>());
             if (j + 31 > q0 + row0) {
                 acp_mask<MT, NT, false>(s, q0 + row0, j);
             }
-            acp_product_abt<D, MT, NT>(dp, dout, sv + tile + acp_lane_b<D>(), [&](int step, int steps) {
+            acp_product_abt<D, MT, NT>(dp, dout, sv + tile + acp_lane_b<D>());
 #pragma unroll
-                for (int nt = step * NT / steps; nt < (step + 1) * NT / steps; nt++) { /* P */
-                    float2 key = *reinterpret_cast<const float2 *>(&shared.lift[stage][part * 32 + nt * 8 + lane % 4 * 2]);
-                    key.x += shift;
-                    key.y += shift;
+            for (int nt = 0; nt < NT; nt++) {
+                float2 key = *reinterpret_cast<const float2 *>(&shared.lift[stage][part * 32 + nt * 8 + lane % 4 * 2]);
+                key.x += shift;
+                key.y += shift;
 #pragma unroll
-                    for (int i = 0; i < MT * 4; i++) {
-                        int mt = i / 4, e = i % 4;
-                        s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, offset[mt][e / 2], e % 2 ? key.y : key.x);
-                    }
-                }
-            });
-#pragma unroll
-            for (int ks = 0; ks < NT / 2; ks++) {
-#pragma unroll
-                for (int i = 0; i < MT * 8; i++) { /* dS */
-                    int mt = i / 8, nt = 2 * ks + i / 4 % 2, e = i % 4;
-                    s[mt][nt][e] *= dp[mt][nt][e] - delta[mt][e / 2];
+                for (int i = 0; i < MT * 4; i++) { /* dS, in place of the logits */
+                    int mt = i / 4, e = i % 4;
+                    float weight = acp_weight(s[mt][nt][e], scale, offset[mt][e / 2], e % 2 ? key.y : key.x);
+                    s[mt][nt][e] = weight * (dp[mt][nt][e] - delta[mt][e / 2]);
                     sum[mt][e / 2] += s[mt][nt][e];
                 }
+            }
+#pragma unroll
+            for (int ks = 0; ks < NT / 2; ks++) {
                 acp_product_ab<D, MT, NT>(dq, s, ks, sk + tile + acp_lane_a<D>());
             }
         }
@@ -1079,11 +1090,8 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
 /* Queries per step, and how many of them at a time; 16-row fragments of keys per warp. */
 template <int D>
 struct AcpDkdvTraits {
-#ifdef TRY_MT2
     static constexpr int QUERIES = 64, PART = 32, MT = D == 64 ? 2 : 1, THREADS = ACP_BLOCK / (16 * MT) * 32;
-#else
-    static constexpr int QUERIES = 64, PART = D == 64 ? 64 : 32, MT = 1, THREADS = ACP_BLOCK / (16 * MT) * 32;
-#endif
+    static constexpr int RESIDENT = D == 64 ? 2 : 1; /* thread blocks on a multiprocessor */
 };
 
 template <int D>
@@ -1096,7 +1104,7 @@ struct alignas(1024) AcpDkdvShared {
 /* One key block. Logits are computed transposed (rows are keys), so that P^T and dS^T leave the tensor cores as the A
  * operands of dV and dK. */
 template <int D>
-static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTraits<D>::MT) acp_dkdv_kernel(AcpBackward p) {
+static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTraits<D>::RESIDENT) acp_dkdv_kernel(AcpBackward p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     AcpDkdvShared<D> &shared = *reinterpret_cast<AcpDkdvShared<D> *>(memory);
     using Traits = AcpDkdvTraits<D>;
@@ -1104,8 +1112,8 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
     constexpr int TILE = QUERIES * D * 2;
     const AcpInputs &in = p.in;
     const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
-    int heads = gridDim.x / in.blocks, n = blockIdx.x / heads;
-    int64_t bh = blockIdx.x % heads, d = (int64_t)in.H * D;
+    int place = p.saved.order[1][blockIdx.x], n = place % in.blocks;
+    int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int k0 = n * ACP_BLOCK, row0 = threadIdx.x / 32 * (16 * MT), lane = threadIdx.x % 32;
     int begin = k0 / QUERIES, end = (min(in.T, (p.saved.last[bh * in.blocks + n] + 1) * ACP_BLOCK) - 1) / QUERIES;
     const bf16 *q = in.q + acp_row<D>(bh, 0, in.T, in.H, in.stride), *dout = p.dout + acp_row<D>(bh, 0, in.T, in.H, d);
@@ -1133,7 +1141,7 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
     acp_copies_done();
     __syncthreads();
 
-    AcpRows<D, MT, D == 64 && MT == 1> k, v;
+    AcpRows<D, MT, false> k, v;
     k.init(acp_shared(shared.k) + row0 * 2 * D + acp_lane_a<D>());
     v.init(acp_shared(shared.v) + row0 * 2 * D + acp_lane_a<D>());
     float dk[MT][D / 8][4], dv[MT][D / 8][4];
@@ -1158,36 +1166,25 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
                 continue; /* all queries before all of this warp's keys */
             }
             uint32_t tile = stage * TILE + part * PART * 2 * D;
-            float s[MT][NT][4], dp[MT][NT][4];
-            acp_product_abt<D, MT, NT>(s, k, sq + tile + acp_lane_b<D>(), AcpNothing());
+            float s[MT][NT][4], dp[MT][2][4];
+            acp_product_abt<D, MT, NT>(s, k, sq + tile + acp_lane_b<D>());
             if (i0 < k0 + row0 + 16 * MT - 1) {
                 acp_mask<MT, NT, true>(s, k0 + row0, i0);
             }
             const float2 *queries = &shared.stats[stage][part * PART + lane % 4 * 2]; /* offset and delta */
-            acp_product_abt<D, MT, NT>(dp, v, sdout + tile + acp_lane_b<D>(), [&](int step, int steps) {
 #pragma unroll
-                for (int nt = step * NT / steps; nt < (step + 1) * NT / steps; nt++) { /* P */
-                    float offset[2] = {queries[nt * 8].x, queries[nt * 8 + 1].x};
+            for (int ks = 0; ks < NT / 2; ks++) { /* 16 queries at a time, to save registers */
+                acp_product_abt<D, MT, 2>(dp, v, sdout + tile + ks * 32 * D + acp_lane_b<D>());
 #pragma unroll
-                    for (int i = 0; i < MT * 4; i++) {
-                        int mt = i / 4, e = i % 4;
-                        s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, offset[e % 2], key[mt][e / 2]);
-                    }
+                for (int i = 0; i < MT * 8; i++) { /* P in place of the logits, dS in place of dP */
+                    int mt = i / 8, half = i / 4 % 2, nt = 2 * ks + half, e = i % 4;
+                    float2 query = queries[nt * 8 + e % 2];
+                    s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, query.x, key[mt][e / 2]);
+                    dp[mt][half][e] = s[mt][nt][e] * (dp[mt][half][e] - query.y);
+                    sum[mt][e / 2] += dp[mt][half][e];
                 }
-            });
-#pragma unroll
-            for (int ks = 0; ks < NT / 2; ks++) {
                 acp_product_ab<D, MT, NT>(dv, s, ks, sdout + tile + acp_lane_a<D>());
-#pragma unroll
-                for (int i = 0; i < MT * 8; i++) { /* dS */
-                    int mt = i / 8, nt = 2 * ks + i / 4 % 2, e = i % 4;
-                    dp[mt][nt][e] = s[mt][nt][e] * (dp[mt][nt][e] - queries[nt * 8 + e % 2].y);
-                    sum[mt][e / 2] += dp[mt][nt][e];
-                }
-            }
-#pragma unroll
-            for (int ks = 0; ks < NT / 2; ks++) {
-                acp_product_ab<D, MT, NT>(dk, dp, ks, sq + tile + acp_lane_a<D>());
+                acp_product_ab<D, MT, 2>(dk, dp, 0, sq + tile + ks * 32 * D + acp_lane_a<D>());
             }
         }
     }
@@ -1260,12 +1257,15 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
     }
     acp_ranges_kernel<<<BH, 256, 0, stream>>>(ranges, saved, work);
     CUDA_CHECK_LAUNCH();
+    acp_order_kernel<<<2, 1024, 0, stream>>>(BH * in.blocks, in.blocks, saved);
+    CUDA_CHECK_LAUNCH();
 }
 
 static void acp_check(const AcpShape *s, int64_t stride, const void *q, const void *k, const void *v) {
     CUDA_REQUIRE(s->D == 64 || s->D == 128, "heads of 64 or 128 values expected");
     CUDA_REQUIRE(s->B >= 1 && s->T >= 1 && s->H >= 1, "B, T and H of at least 1 expected");
     CUDA_REQUIRE((int64_t)s->B * s->H <= 65535, "at most 65,535 heads in all sequences together expected");
+    CUDA_REQUIRE((int64_t)s->B * s->H * s->T < INT32_MAX, "fewer than 2^31 rows of attention expected");
     CUDA_REQUIRE(s->log_tolerance < 0, "a negative log_tolerance expected");
     CUDA_REQUIRE(stride % 8 == 0 && stride >= (int64_t)s->H * s->D, "a stride that is a multiple of 8 and at least H*D expected");
     CUDA_REQUIRE(((uintptr_t)q | (uintptr_t)k | (uintptr_t)v) % 16 == 0, "q, k and v aligned to 16 bytes expected");

@@ -3,6 +3,7 @@
  *
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o bench_attention dev/bench_attention.cu
  *   ./bench_attention            all shapes; ./bench_attention 16384 only that context; --kernels: each kernel's share
+ *   ./bench_attention --gates FILE    measured gates: log f as float32 [layers, 12 heads, 16384], D = 64, sums over layers
  *
  * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention in
  * the same time (forward 2 B H T^2 D, backward 2.5 times that), so that pruning shows as speed. */
@@ -152,6 +153,41 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b) {
            ms[5], ms[6]);
 }
 
+/* Forward and backward of every layer of a trained model's gates. */
+static bool bench_gates(const char *path) {
+    static const char *const modes[] = {"off", "paper", "tight"};
+    Shape s = {1, 16384, 12, 64};
+    int64_t count = (int64_t)s.T * s.H, stride = s.H * s.D;
+    FILE *f = fopen(path, "rb");
+    float *log_f = FOX_NEW(float, count);
+    if (f == NULL) {
+        fprintf(stderr, "bench_attention: error: %s cannot be opened\n", path);
+        return false;
+    }
+    Buffers b = bench_buffers(&s);
+    for (int mode = 0; mode < 3; mode++) {
+        AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, true, false};
+        float forward = 0, backward = 0;
+        int layers = 0;
+        rewind(f);
+        for (; fread(log_f, sizeof(float), (size_t)count, f) == (size_t)count; layers++) {
+            CUDA_CHECK(cudaMemcpy(b.log_f, log_f, sizeof(float) * (size_t)count, cudaMemcpyHostToDevice));
+            forward += bench_time([&] {
+                acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, NULL, b.q, b.k, b.v, stride, b.log_f, b.ones, b.ones, 0);
+            });
+            backward += bench_time([&] {
+                acp_attention_backward(&shape, b.dq, b.dk, b.dv, b.dlog_f, b.saved, b.work, b.dout, b.q, b.k, b.v, stride, b.o, b.lse, 0);
+            });
+        }
+        printf("%s, %d layers, %-5s  forward %7.3f  backward %7.3f  both %7.3f ms\n", path, layers, modes[mode], forward, backward,
+               forward + backward);
+    }
+    bench_free(&b);
+    free(log_f);
+    fclose(f);
+    return true;
+}
+
 static void bench_shape(const Shape *s, bool kernels) {
     static const char *const modes[] = {"off", "paper", "tight"};
     Buffers b = bench_buffers(s);
@@ -196,8 +232,10 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--kernels") == 0) {
             kernels = true;
+        } else if (strcmp(argv[i], "--gates") == 0 && i + 1 < argc) {
+            return bench_gates(argv[i + 1]) ? 0 : 1;
         } else if ((only = atoi(argv[i])) <= 0) {
-            fprintf(stderr, "bench_attention: usage: bench_attention [--kernels] [CONTEXT]\n");
+            fprintf(stderr, "bench_attention: usage: bench_attention [--kernels] [CONTEXT] | --gates FILE\n");
             return 1;
         }
     }

@@ -405,7 +405,7 @@ static void test_attention_grid(Tests *t) {
         AttentionErrors worst = {0, 0, 0, 0, 0, 0};
         double kept[2] = {0, 0};
         uint64_t seed = 1;
-        for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i += t->quick ? 4 : 1) { /* quick: 1, 65, 200 */
             for (int gates = 0; gates <= GATES_SPREAD; gates++) {
                 int T = lengths[i], B = T < 4097 && seed % 2 ? 3 : 1, H = seed % 4 < 2 || gates == GATES_SPREAD ? 5 : 1;
                 AttentionCase a = attention_case_of(B, T, H, seed / 2 % 2 ? 128 : 64, (AcpMode)mode, gates, seed);
@@ -413,7 +413,7 @@ static void test_attention_grid(Tests *t) {
                 seed++;
             }
         }
-        check(t, mode == ACP_OFF ? kept[0] == kept[1] : kept[0] < 0.8 * kept[1], "acp %s keeps %g of %g blocks", modes[mode], kept[0],
+        check(t, mode == ACP_OFF ? kept[0] == kept[1] : t->quick || kept[0] < 0.8 * kept[1], "acp %s keeps %g of %g blocks", modes[mode], kept[0],
               kept[1]);
         printf("attention, acp %-5s o %.1e, lse %.1e, dq %.1e, dk %.1e, dv %.1e, d log f %.1e; %.1f%% of the blocks kept\n", modes[mode],
                worst.o, worst.lse, worst.dq, worst.dk, worst.dv, worst.dlog_f, 100 * kept[0] / kept[1]);
