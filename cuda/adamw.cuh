@@ -1,4 +1,4 @@
-/* The end of a step: global norm of the gradient, clipping, and AdamW (Loshchilov, Hutter 2019), all decided on the device.
+/* The end of a step: norm of the gradient, clipping, and AdamW (Loshchilov, Hutter 2019), all decided on the device.
  *
  *     norm = sqrt(sum g^2) in double;  applied = loss and norm are finite;  grad_scale = min(1, clip / norm)
  *     g = grad * grad_scale,  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2

@@ -10,7 +10,7 @@
 
 #include "common.cuh"
 
-enum { ENTROPY_THREADS = 1024, ENTROPY_BLOCKS = 2 }; /* and blocks on a multiprocessor */
+enum { ENTROPY_THREADS = 512, ENTROPY_BLOCKS = 2 }; /* and blocks on a multiprocessor */
 enum { SUM_THREADS = 1024 };
 
 static constexpr float LOG2E = 1.4426950408889634f;
@@ -22,8 +22,8 @@ static __device__ __forceinline__ float exp2_quick(float x) {
     return y;
 }
 
-/* A running maximum, in units of log 2, and the sum of 2^(x - high). The first maximum is finite: -infinity minus itself
- * would be NaN. */
+/* A running maximum, in units of log 2, and the sum of 2^(x - high). The first maximum is finite: -infinity minus
+ * itself would be NaN. */
 struct OnlineSum {
     float high, sum;
 };
@@ -52,8 +52,8 @@ static __device__ __forceinline__ OnlineSum online_warp_sum(OnlineSum x) {
     return x;
 }
 
-/* losses[n], and the gradient where scale is not 0. STAGED: dynamic shared memory holds the row, of which each thread reads
- * only what it wrote itself. */
+/* losses[n], and the gradient where scale is not 0. STAGED: dynamic shared memory holds the row, of which each thread
+ * reads only what it wrote itself. */
 template <bool STAGED>
 static __global__ void __launch_bounds__(ENTROPY_THREADS, ENTROPY_BLOCKS)
     cross_entropy_kernel(float *losses, bf16 *logits, const int32_t *targets, int V, int row, float scale) {
@@ -63,7 +63,7 @@ static __global__ void __launch_bounds__(ENTROPY_THREADS, ENTROPY_BLOCKS)
     int first = 8 * threadIdx.x, target = targets[blockIdx.x];
     float target_logit = threadIdx.x == 0 ? __bfloat162float(z[target]) : 0; /* before it is overwritten */
     OnlineSum all = {-1e30f, 0};
-#pragma unroll 2
+#pragma unroll 4
     for (int v = first; v < V; v += 8 * ENTROPY_THREADS) {
         float x[8], high = all.high, sum = 0;
         Bf16x8 raw = load_raw8(z + v, true);
@@ -93,7 +93,7 @@ static __global__ void __launch_bounds__(ENTROPY_THREADS, ENTROPY_BLOCKS)
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = lse / LOG2E - target_logit;
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int v = first; scale != 0 && v < row; v += 8 * ENTROPY_THREADS) {
         float x[8] = {};
         if (v < V) {

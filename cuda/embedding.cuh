@@ -5,8 +5,8 @@
  *     segments   each token in use takes a stretch of `list` and a place in `used`: some order again
  *     place      n into its token's stretch, at its arrival
  *     rank       n again into `sorted`, after the positions of its token that are smaller: now in order
- * Only where a stretch lies depends on the order of threads, never what is in it. Then eight warps take eight tokens for
- * 256 columns: a token with few positions is one warp's, one with many (the commonest words) is shared by all eight.
+ * Only where a stretch lies depends on the order of threads, never what is in it. Then eight warps take eight tokens
+ * for 256 columns: a token with few positions is one warp's, one with many (a common word) is shared by all eight.
  * x, w and their gradients: float [.., d]. Forward moves 8 bytes an element, backward 4, and 8 for each row in use. */
 #ifndef FOX_CUDA_EMBEDDING_CUH
 #define FOX_CUDA_EMBEDDING_CUH

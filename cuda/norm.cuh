@@ -1,10 +1,11 @@
 /* RMSNorm of the residual stream, fused with the addition before it.
  *
  *     forward    x_out = x + branch,  rstd = 1 / sqrt(mean(x_out^2) + eps),  h = x_out * rstd * w
- *     backward   g = dh * w,  dx += rstd * (g - xhat * mean(g * xhat)),  dw += sum over tokens of dh * xhat,  xhat = x * rstd
+ *     backward   g = dh * w,  xhat = x * rstd
+ *                dx += rstd * (g - xhat * mean(g * xhat)),  dw += sum over tokens of dh * xhat
  *
- * The stream x [N, d] and its gradient are float32, branch and h bf16. Each thread owns eight columns, a block one row at
- * a time with the whole of it in registers: every byte is moved once. Per token and column, forward
+ * The stream x [N, d] and its gradient are float32, branch and h bf16. Each thread owns eight columns, a block one row
+ * at a time with the whole of it in registers: every byte is moved once. Per token and column, forward
  * moves 4 + 2 + 4 + 2 bytes, backward 2 + 4 + 8 + 2. */
 #ifndef FOX_CUDA_NORM_CUH
 #define FOX_CUDA_NORM_CUH

@@ -2,10 +2,11 @@
  *
  *     forward    y = o * rstd * w (y = o without output norm),  out = y * sigmoid(gate) (out = y without output gate)
  *     backward   dy = dout * s,  dgate = dout * y * s * (1 - s),  s = sigmoid(gate)
- *                d_o = rstd * (dy * w - xhat * mean(dy * w * xhat)),  dw += sum over tokens of dy * xhat,  xhat = o * rstd
+ *                d_o = rstd * (dy * w - xhat * mean(dy * w * xhat)),  xhat = o * rstd
+ *                dw += sum over tokens of dy * xhat
  *
- * o, out and their gradients: bf16 [N, H*D]; the gate lies in the packed product of the layer. Eight columns a lane, one
- * pass: forward moves 6 bytes per token and column, backward 10. */
+ * o, out and their gradients: bf16 [N, H*D]; the gate lies in the packed product of the layer. Eight columns a lane,
+ * one pass: forward moves 6 bytes per token and column, backward 10. */
 #ifndef FOX_CUDA_OUTPUT_GATE_CUH
 #define FOX_CUDA_OUTPUT_GATE_CUH
 

@@ -14,8 +14,8 @@ static inline int partial_count(int threads) {
     return 132 * (threads < 768 ? 768 / threads : 1);
 }
 
-/* dw[j] += sum_p partials[p * width + j]. A block sums 32 columns: 32 threads share each of them. The template only makes
- * the kernel one that several sources may include. */
+/* dw[j] += sum_p partials[p * width + j]. A block sums 32 columns: 32 threads share each of them. A template, because
+ * this header may be included by several sources. */
 template <int COLUMNS> __global__ void sum_partials_kernel(float *dw, const float *partials, int64_t parts, int width) {
     __shared__ float sums[COLUMNS][COLUMNS + 1];
     int column = blockIdx.x * COLUMNS + threadIdx.x;

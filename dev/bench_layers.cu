@@ -1,6 +1,7 @@
 /* Time and bandwidth of every memory-bound kernel of cuda/, beside the rate of a device-to-device copy measured first.
  *
- *     nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a dev/bench_layers.cu -o build/bench_layers && build/bench_layers
+ *     nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a dev/bench_layers.cu -o build/bench_layers
+ *     build/bench_layers
  *
  * One layer of a 760M model and 32768 tokens; 8 GB of device memory, 26 GB for AdamW. Bytes are those that must move:
  * every input once, every output once. Median of the repetitions, each on data that has left the cache. */

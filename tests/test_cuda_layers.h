@@ -1,7 +1,7 @@
 /* Every kernel of cuda/ but attention and matrix products against the layers of fox_layers.h, on random inputs.
  *
- * Inputs are rounded to bf16 first where the kernel reads bf16, so the two see the same numbers. Each case runs twice from
- * the same inputs and must give the same bits; outputs start as NaN, and the bytes around every buffer must survive. */
+ * Inputs are rounded to bf16 first where the kernel reads bf16, so the two see the same numbers. Each case runs twice
+ * from the same inputs and must give the same bits; outputs start as NaN, and the bytes around each buffer survive. */
 #ifndef FOX_TESTS_CUDA_LAYERS_H
 #define FOX_TESTS_CUDA_LAYERS_H
 
@@ -127,8 +127,8 @@ static float *gpu_read_bf16(const bf16 *device, int64_t count) {
     return host;
 }
 
-/* ||a - ref|| / ||ref||, but no smaller unit than 0.01 per element: the gradient of a shift is zero on paper where a norm
- * follows and there is no token before. */
+/* ||a - ref|| / ||ref||, but no smaller unit than 0.01 per element: the gradient of a shift is zero on paper where a
+ * norm follows and there is no token before. */
 static double gpu_error(const float *a, const float *ref, int64_t count) {
     double norm = 0, error = relative_error(a, ref, count);
     for (int64_t i = 0; i < count; i++) {
@@ -383,7 +383,7 @@ static void packed_activations(float *packed, const PackedLayout *p, const FoxCo
     packed_columns(packed, p, p->fgate, a->f, N, H, into);
 }
 
-/* What precedes attention in fox_block_backward; dlog_f: [B, H, T], logits: those of the forget gate with their bias. */
+/* What follows attention in fox_block_backward. dlog_f: [B, H, T]. */
 static void qkv_backward_reference(const FoxConfig *c, FoxLayerWeights *w, FoxLayerWeights *dw, FoxActs *da,
                                    const FoxActs *a, const float *dlog_f, int B, int T) {
     int H = c->num_heads, D = c->hidden_size / H;
@@ -607,7 +607,7 @@ static uint64_t cuda_output_gate_case(Tests *t, GpuWorst *worst, GpuShape s) {
 static uint64_t cuda_swiglu_case(Tests *t, GpuWorst *worst, GpuShape s) {
     Gpu g = gpu_begin(t, "swiglu", s.seed);
     int64_t N = (int64_t)s.B * s.T;
-    int F = s.seed % 2 ? 16 * s.H : 8 * (int)(1 + fox_random(s.seed, 3) % 700);
+    int F = s.seed % 2 ? 16 * s.H : 8 * (int)(1 + fox_random(s.seed, 3) % (N > 1000 ? 100 : 700));
     float *gu = gpu_random_bf16(&g, N * 2 * F, 0, 2), *out = FOX_NEW(float, N *F),
           *dout = gpu_random_bf16(&g, N * F, 0, 1);
     float *dgu = FOX_NEW(float, N * 2 * F);
@@ -784,13 +784,13 @@ static void test_cuda_layers(Tests *t) {
         return;
     }
     gpu_cases(t, "norm", cuda_norm_case, shapes, count, 2);
-    gpu_cases(t, "embedding", cuda_embedding_case, shapes, count, 3);
+    gpu_cases(t, "embedding", cuda_embedding_case, shapes, count, 2);
     gpu_cases(t, "qkv", cuda_qkv_case, shapes, all - 2, t->quick ? 2 : 8);
     gpu_cases(t, "qkv, T = 4097", cuda_qkv_case, shapes + all - 2, 2, t->quick ? 0 : 2);
     gpu_cases(t, "rope at 131072", cuda_rope_case, &far_away, 1, 1);
-    gpu_cases(t, "output gate", cuda_output_gate_case, shapes, count, 3);
+    gpu_cases(t, "output gate", cuda_output_gate_case, shapes, count, 2);
     gpu_cases(t, "swiglu", cuda_swiglu_case, shapes, count, 2);
-    gpu_cases(t, "cross entropy", cuda_entropy_case, shapes, count, t->quick ? 2 : 4);
+    gpu_cases(t, "cross entropy", cuda_entropy_case, shapes, count, 2);
     gpu_cases(t, "AdamW", cuda_adamw_case, shapes, 4, 3);
     test_cuda_refusal(t);
 }
