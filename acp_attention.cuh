@@ -17,19 +17,20 @@
  *                 5 | . | . | . | . | # | \ |
  *                   +---+---+---+---+---+---+
  *
- *     acp_forward_kernel   one thread block per query block:  row from the diagonal leftwards to first[m]     O, lse
- *     acp_dq_kernel        one thread block per query block:  row from the diagonal leftwards to first[m]     dQ, delta
- *     acp_dkdv_kernel      one thread block per key block:    column from the diagonal down to last[n]        dK, dV, dc
+ *     acp_forward_kernel   one thread block per query block:  row, from the diagonal leftwards to first[m]   O, lse
+ *     acp_dq_kernel        one thread block per query block:  row, from the diagonal leftwards to first[m]   dQ, delta
+ *     acp_dkdv_kernel      one thread block per key block:    column, from the diagonal down to last[n]      dK, dV, dc
  *
  * What is lost: for every row, sum over pruned j of p_ij <= eps = exp(log_tolerance), so an output changes by at most
  * 2 eps max|v|. Two tests find the edge (cpu/acp.h is their reference in double precision, with proofs):
  *     paper  block (m, n) is pruned when c_(first row of m) - c_(last key of n) < -2U - log T + log_tolerance,
  *            U >= |s_ij|, from the QK-norm weights or measured;
  *     tight  the longest prefix of key blocks whose summed mass, bounded block by block, stays below eps.
- * The edge is found on the device before each forward pass; grids do not depend on it, so the host never waits.
+ * The edge is found on the device before each forward pass; grids do not depend on it, so the host never waits. Thread
+ * blocks start in the order of their work, the longest first.
  *
- * Decay in float32. c reaches 10^5 while c_i - c_j matters to 10^-4, so c itself is only ever held in double. In units of
- * log 2, with the first row of every block as its base, a pair of blocks (m, n) sees
+ * Decay in float32. c reaches 10^5 while c_i - c_j matters to 10^-4, so c itself is only ever held in double. In units
+ * of log 2, with the first row of every block as its base, a pair of blocks (m, n) sees
  *     (c_i - c_j) log2(e) = -lift_i + (base_m - base_n) + lift_j,     lift_t = (c_(block start) - c_t) log2(e) >= 0:
  * lift is a float vector, base a double per block, subtracted in double once per pair of blocks.
  *
@@ -38,19 +39,19 @@
  *     dc_t = sum_j dS[t, j] - sum_i dS[i, t],    d log f_t = sum_{i >= t} dc_i  (in double)
  * On paper row sums of dS are zero, because delta_i = sum_j p_ij dP_ij. With O rounded to bf16 they are not, and the
  * cumulative sum would spread that error over the whole sequence. acp_dq_kernel, which runs first, therefore corrects
- * delta by the row sum it finds: for acp_dkdv_kernel, which rebuilds the same P and dP in float32, row sums are then zero
- * to float32 rounding, and dc is minus the column sums.
+ * delta by the row sum it finds: for acp_dkdv_kernel, which rebuilds the same P and dP in float32, row sums are then
+ * zero to float32 rounding, and dc is minus the column sums.
  *
- * Tensor cores through mma.sync m16n8k16 (bf16 in, float32 out): sm_80 and newer. Everything is deterministic: no atomics
- * but integer counts. A kernel for one architecture takes over in acp_run_forward or acp_run_backward; lift, base, first
- * and last are made for it already. */
+ * Tensor cores through mma.sync m16n8k16 (bf16 in, float32 out): sm_80 and newer. Outputs are the same
+ * bits in every run: no sum depends on the order of thread blocks. A kernel for one architecture takes over in
+ * acp_run_forward or acp_run_backward; base, lift, first, last and order are made for it already. */
 #ifndef ACP_ATTENTION_CUH
 #define ACP_ATTENTION_CUH
 
 #include "cuda/common.cuh"
 
 enum {
-    ACP_BLOCK = 128, /* queries, and keys, in a block: the grain of pruning */
+    ACP_BLOCK = 128,  /* queries, and keys, in a block: the grain of pruning */
     ACP_CHUNK = 2048, /* steps that one thread block of a scan covers: 256 threads, 8 each */
 };
 
@@ -63,12 +64,12 @@ enum {
 
 /* Kept from forward to backward. BH = B*H rows, `blocks` = ceil(T / 128), `padded` = 128 * blocks. */
 typedef struct AcpSaved {
-    double *c;    /* [BH, T], cumulative log gates */
-    double *base; /* [BH, blocks], log2(e) * c at the first row of each block */
-    float *lift;  /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
-    int *first;   /* [BH, blocks], first key block of each query block */
-    int *last;    /* [BH, blocks], last query block of each key block */
-    int *order[2]; /* [BH * blocks] each: (row, query block) and (row, key block) as row * blocks + block, longest first */
+    double *c;     /* [BH, T], cumulative log gates */
+    double *base;  /* [BH, blocks], log2(e) * c at the first row of each block */
+    float *lift;   /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
+    int *first;    /* [BH, blocks], first key block of each query block */
+    int *last;     /* [BH, blocks], last query block of each key block */
+    int *order[2]; /* [BH * blocks] each: row * blocks + query block, row * blocks + key block, the longest first */
 } AcpSaved;
 
 /* Shared by all layers; forward and backward use different parts at different times. */
@@ -76,10 +77,10 @@ typedef struct AcpWork {
     double *chunk_sums; /* [BH, ceil(T / 2048)], of the scans */
     float2 *norms;      /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
     /* tight */
-    float4 *keys;     /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
-    float *key_sums;  /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
-    float *log_mass;  /* [BH, blocks], log of the decayed mass of all blocks before */
-    int *first_raw;   /* [BH, blocks], before the minimum over later blocks */
+    float4 *keys;    /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
+    float *key_sums; /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
+    float *log_mass; /* [BH, blocks], log of the decayed mass of all blocks before */
+    int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
     /* backward */
     float2 *stats; /* [BH, padded], of each query: (-lift - lse) in units of log 2, and delta; (-inf, 0) beyond T */
     float *dc;     /* [BH, padded], row sums of dS minus column sums */
@@ -131,7 +132,8 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Cumulative sums in double, over few long rows: sums of chunks, then a scan of each chunk with the sum of those before. */
+/* Cumulative sums in double, over few long rows: sums of chunks, then a scan of each chunk with the sum of those
+ * before. */
 
 /* Result of `combine` over threads 0..tid of a block of 256 (inclusive); scratch: 8 values. */
 template <typename Value, typename Combine>
@@ -244,7 +246,8 @@ static __global__ void acp_scan_kernel(AcpScan s) {
             s.saved.c[bh * s.T + t] = value[i];
         }
         if (t < s.blocks * ACP_BLOCK) {
-            s.saved.lift[bh * s.blocks * ACP_BLOCK + t] = t < s.T ? (float)((starts[block] - value[i]) * ACP_LOG2E) : 0.0f;
+            s.saved.lift[bh * s.blocks * ACP_BLOCK + t] =
+                t < s.T ? (float)((starts[block] - value[i]) * ACP_LOG2E) : 0.0f;
         }
     }
 }
@@ -319,8 +322,8 @@ static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
     }
 }
 
-/* tight, what is known of each key block: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its largest norm, its
- * decayed sum of keys. grid (blocks, BH), 128 threads; reads K once. */
+/* tight, what is known of each key block: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its largest norm,
+ * its decayed sum of keys. grid (blocks, BH), 128 threads; reads K once. */
 template <int D>
 static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work) {
     __shared__ float weight[ACP_BLOCK], partial[128 * 8], scratch[4];
@@ -388,9 +391,10 @@ static __global__ void acp_history_kernel(int blocks, int D, AcpWork work) {
     }
 }
 
-/* tight, the range of each query block. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its own
- * key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i). Then whole key blocks are given
- * up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once. */
+/* tight, the range of each query block. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its
+ * own key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i). Then whole key blocks are
+ * given up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once.
+ * */
 template <int D>
 static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float budget) {
     __shared__ float mean[D], scratch[4];
@@ -458,8 +462,8 @@ struct AcpRanges {
     unsigned long long *skipped, *total; /* [H] or NULL */
 };
 
-/* first and last of one row, and its share of the counts. grid (BH), 256 threads; the threads take query blocks from the
- * last to the first, so that the minimum over all later blocks is a scan over threads. */
+/* first and last of one row, and its share of the counts. grid (BH), 256 threads; the threads take query blocks from
+ * the last to the first, so that the minimum over all later blocks is a scan over threads. */
 static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork work) {
     __shared__ int scan[8], lowest;
     __shared__ unsigned long long skipped;
@@ -539,9 +543,10 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
     }
 }
 
-/* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among equals,
- * neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order within a
- * level may differ from run to run; results do not depend on it. grid (2), for query blocks and key blocks; 1024 threads. */
+/* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among
+ * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order
+ * within a level may differ from run to run; results do not depend on it. grid (2), for query blocks and key blocks;
+ * 1024 threads. */
 static __global__ void acp_order_kernel(int tiles, int blocks, AcpSaved saved) {
     enum { LEVELS = 64 };
     __shared__ int place[LEVELS];
@@ -574,8 +579,8 @@ static __global__ void acp_order_kernel(int tiles, int blocks, AcpSaved saved) {
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* Tiles in shared memory and products on tensor cores.
  *
- * A tile is [rows][D] bf16. The 16-byte pieces of a row are stored in the order piece ^ (row % 8), so that the eight rows
- * that one ldmatrix reads lie in different banks. Fragments, with g = lane / 4 and p = lane % 4:
+ * A tile is [rows][D] bf16. The 16-byte pieces of a row are stored in the order piece ^ (row % 8), so that the eight
+ * rows that one ldmatrix reads lie in different banks. Fragments, with g = lane / 4 and p = lane % 4:
  *     accumulator of m16n8:  elements 0, 1: row g, columns 2p, 2p + 1;  2, 3: row g + 8
  *     A of m16k16:           four accumulator-like halves: two neighbouring accumulators, packed, are an A operand. */
 
@@ -606,7 +611,8 @@ static __device__ __forceinline__ void acp_load_transposed(uint32_t r[4], uint32
 }
 
 static __device__ __forceinline__ void acp_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -631,8 +637,7 @@ static __device__ __forceinline__ void acp_load_tile(uint32_t tile, const bf16 *
     uint32_t to = tile + row * (2 * D) + ((piece ^ (row % 8)) << 4);
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; i++) {
-        bool inside = row + i * STEP < valid;
-        acp_copy16(to + i * STEP * 2 * D, inside ? from + i * STEP * stride : rows, inside);
+        acp_copy16(to + i * STEP * 2 * D, from + i * STEP * stride, row + i * STEP < valid);
     }
 }
 
@@ -644,8 +649,8 @@ static __device__ __forceinline__ void acp_load_floats(uint32_t to, const float 
     }
 }
 
-/* This lane's place in a 16 x 16 fragment for ldmatrix: of an A operand, or of a B operand stored [k][n] (transposed); and
- * of a B operand stored [n][k]. Add the tile; go on by 16 columns with ^ 32, by 16 rows with + 16 * 2 D. */
+/* This lane's place in a 16 x 16 fragment for ldmatrix: of an A operand, or of a B operand stored [k][n] (transposed);
+ * and of a B operand stored [n][k]. Add the tile; go on by 16 columns with ^ 32, by 16 rows with + 16 * 2 D. */
 template <int D>
 static __device__ __forceinline__ uint32_t acp_lane_a(void) {
     uint32_t lane = threadIdx.x % 32, row = lane % 16, piece = lane / 16;
@@ -723,10 +728,11 @@ static __device__ __forceinline__ void acp_product_abt(float acc[MT][NT][4], Row
     }
 }
 
-/* acc[16 MT, D] += W[16 MT, columns 16 ks .. 16 ks + 15] B[rows 16 ks .. 16 ks + 15, D]; W are accumulators of an earlier
- * product, rounded to bf16. */
+/* acc[16 MT, D] += W[16 MT, columns 16 ks .. 16 ks + 15] B[rows 16 ks .. 16 ks + 15, D]; W are accumulators of an
+ * earlier product, rounded to bf16. */
 template <int D, int MT, int NT>
-static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], const float w[MT][NT][4], int ks, uint32_t b) {
+static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], const float w[MT][NT][4], int ks,
+                                                      uint32_t b) {
     uint32_t a[MT][4];
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) {
@@ -747,8 +753,8 @@ static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], c
     }
 }
 
-/* Logits of pairs with key after query become -inf. row0, column0: the tile's place in the sequence; rows are queries, or
- * keys (KEY_ROWS). */
+/* Logits of pairs with key after query become -inf. row0, column0: the tile's place in the sequence; rows are queries,
+ * or keys (KEY_ROWS). */
 template <int MT, int NT, bool KEY_ROWS>
 static __device__ __forceinline__ void acp_mask(float acc[MT][NT][4], int row0, int column0) {
     int row = row0 + threadIdx.x % 32 / 4, column = column0 + threadIdx.x % 4 * 2;
@@ -762,11 +768,12 @@ static __device__ __forceinline__ void acp_mask(float acc[MT][NT][4], int row0, 
     }
 }
 
-/* Writes a warp's rows, times scale[], as bf16: through the warp's own rows of a tile, so that global memory sees 16 bytes
- * a lane. out: the first of these rows, `stride` apart; only `valid` rows exist. */
+/* Writes a warp's rows, times scale[], as bf16: through the warp's own rows of a tile, so that global memory sees 16
+ * bytes a lane. out: the first of these rows, `stride` apart; only `valid` rows exist. */
 template <int D, int MT>
-static __device__ __forceinline__ void acp_store_rows(const float acc[MT][D / 8][4], const float scale[MT][2], unsigned char *tile,
-                                                      int row0, bf16 *out, int64_t stride, int valid) {
+static __device__ __forceinline__ void acp_store_rows(const float acc[MT][D / 8][4], const float scale[MT][2],
+                                                      unsigned char *tile, int row0, bf16 *out, int64_t stride,
+                                                      int valid) {
     int lane = threadIdx.x % 32, g = lane / 4;
     __syncwarp();
 #pragma unroll
@@ -820,9 +827,10 @@ struct alignas(1024) AcpForwardShared {
     float lift[2][AcpForwardTraits<D>::KEYS];
 };
 
-/* One query block; 4 warps with 32 rows each. Online softmax in units of log 2, relative to the block's base: with
- * t_ij = s_ij log2(e) + lift_j and shift = base_m - base_n, the running maximum is that of t_ij + shift. A row's own decay
- * -lift_i cancels; only lse needs it. From the diagonal leftwards, so that the maximum hardly changes after the start. */
+/* One query block; 4 warps with 32 rows each. Online softmax in units of log 2, relative to the block's base: with t_ij
+ * = s_ij log2(e) + lift_j and shift = base_m - base_n, the running maximum is that of t_ij + shift. A row's own decay
+ * -lift_i cancels; only lse needs it. From the diagonal leftwards, so that the maximum hardly changes after the start.
+ * */
 template <int D>
 static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -834,7 +842,8 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     int64_t bh = place / in.blocks;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
-    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
+    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride),
+               *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
     const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
     const double *base = p.saved.base + bh * in.blocks;
     const double own_base = base[m];
@@ -846,7 +855,8 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
         acp_load_tile<D, KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
         acp_load_floats<KEYS>(slift + stage * KEYS * 4, lift + j);
     };
-    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride, in.T - q0);
+    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride,
+                                     in.T - q0);
     load(end);
     acp_copies_done();
     __syncthreads();
@@ -936,7 +946,8 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
         }
     }
     int64_t d = (int64_t)in.H * D;
-    acp_store_rows<D, MT>(o, inverse, shared.q, row0, p.o + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d, in.T - q0 - row0);
+    acp_store_rows<D, MT>(o, inverse, shared.q, row0, p.o + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d,
+                          in.T - q0 - row0);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -951,8 +962,8 @@ struct AcpBackward {
     bf16 *dq, *dk, *dv;
 };
 
-/* Of every query: (-lift - lse) in units of log 2, and delta = dO.o. One row (token and head) per D/8 lanes, 256 threads;
- * rows run over [B, padded, H]; reads O and dO once. */
+/* Of every query: (-lift - lse) in units of log 2, and delta = dO.o. One row (token and head) per D/8 lanes, 256
+ * threads; rows run over [B, padded, H]; reads O and dO once. */
 template <int D>
 static __global__ void acp_stats_kernel(AcpBackward p, int64_t rows) {
     constexpr int LANES = D / 8;
@@ -1004,7 +1015,8 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
-    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride), *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
+    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride),
+               *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
     const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
     const double *base = p.saved.base + bh * in.blocks;
     const double own_base = base[m];
@@ -1016,7 +1028,8 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
         acp_load_tile<D, KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
         acp_load_floats<KEYS>(slift + stage * KEYS * 4, lift + j);
     };
-    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride, in.T - q0);
+    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride,
+                                     in.T - q0);
     acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.dout), p.dout + acp_row<D>(bh, q0, in.T, in.H, d), d, in.T - q0);
     load(end);
     float offset[MT][2], delta[MT][2], sum[MT][2];
@@ -1084,7 +1097,8 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
             p.work.stats[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4].y = delta[i / 2][i % 2] + error;
         }
     }
-    acp_store_rows<D, MT>(dq, roots, shared.q, row0, p.dq + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d, in.T - q0 - row0);
+    acp_store_rows<D, MT>(dq, roots, shared.q, row0, p.dq + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d,
+                          in.T - q0 - row0);
 }
 
 /* Queries per step, and how many of them at a time; 16-row fragments of keys per warp. */
@@ -1104,11 +1118,13 @@ struct alignas(1024) AcpDkdvShared {
 /* One key block. Logits are computed transposed (rows are keys), so that P^T and dS^T leave the tensor cores as the A
  * operands of dV and dK. */
 template <int D>
-static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTraits<D>::RESIDENT) acp_dkdv_kernel(AcpBackward p) {
+static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTraits<D>::RESIDENT)
+    acp_dkdv_kernel(AcpBackward p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     AcpDkdvShared<D> &shared = *reinterpret_cast<AcpDkdvShared<D> *>(memory);
     using Traits = AcpDkdvTraits<D>;
-    constexpr int MT = Traits::MT, QUERIES = Traits::QUERIES, PART = Traits::PART, NT = PART / 8, THREADS = Traits::THREADS;
+    constexpr int MT = Traits::MT, QUERIES = Traits::QUERIES, PART = Traits::PART, NT = PART / 8,
+                  THREADS = Traits::THREADS;
     constexpr int TILE = QUERIES * D * 2;
     const AcpInputs &in = p.in;
     const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
@@ -1166,25 +1182,28 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
                 continue; /* all queries before all of this warp's keys */
             }
             uint32_t tile = stage * TILE + part * PART * 2 * D;
-            float s[MT][NT][4], dp[MT][2][4];
+            float s[MT][NT][4], dp[MT][NT][4];
             acp_product_abt<D, MT, NT>(s, k, sq + tile + acp_lane_b<D>());
             if (i0 < k0 + row0 + 16 * MT - 1) {
                 acp_mask<MT, NT, true>(s, k0 + row0, i0);
             }
             const float2 *queries = &shared.stats[stage][part * PART + lane % 4 * 2]; /* offset and delta */
+            acp_product_abt<D, MT, NT>(dp, v, sdout + tile + acp_lane_b<D>());
 #pragma unroll
-            for (int ks = 0; ks < NT / 2; ks++) { /* 16 queries at a time, to save registers */
-                acp_product_abt<D, MT, 2>(dp, v, sdout + tile + ks * 32 * D + acp_lane_b<D>());
+            for (int nt = 0; nt < NT; nt++) {
+                float4 pair = *reinterpret_cast<const float4 *>(&queries[nt * 8]); /* of two neighbouring queries */
 #pragma unroll
-                for (int i = 0; i < MT * 8; i++) { /* P in place of the logits, dS in place of dP */
-                    int mt = i / 8, half = i / 4 % 2, nt = 2 * ks + half, e = i % 4;
-                    float2 query = queries[nt * 8 + e % 2];
-                    s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, query.x, key[mt][e / 2]);
-                    dp[mt][half][e] = s[mt][nt][e] * (dp[mt][half][e] - query.y);
-                    sum[mt][e / 2] += dp[mt][half][e];
+                for (int i = 0; i < MT * 4; i++) { /* P in place of the logits, dS in place of dP */
+                    int mt = i / 4, e = i % 4;
+                    s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, e % 2 ? pair.z : pair.x, key[mt][e / 2]);
+                    dp[mt][nt][e] = s[mt][nt][e] * (dp[mt][nt][e] - (e % 2 ? pair.w : pair.y));
+                    sum[mt][e / 2] += dp[mt][nt][e];
                 }
+            }
+#pragma unroll
+            for (int ks = 0; ks < NT / 2; ks++) {
                 acp_product_ab<D, MT, NT>(dv, s, ks, sdout + tile + acp_lane_a<D>());
-                acp_product_ab<D, MT, 2>(dk, dp, 0, sq + tile + ks * 32 * D + acp_lane_a<D>());
+                acp_product_ab<D, MT, NT>(dk, dp, ks, sq + tile + acp_lane_a<D>());
             }
         }
     }
@@ -1207,7 +1226,8 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
 /* Launchers */
 
 template <typename Args>
-static void acp_launch(void (*kernel)(Args), int blocks, int threads, size_t shared, const Args &args, cudaStream_t stream) {
+static void acp_launch(void (*kernel)(Args), int blocks, int threads, size_t shared, const Args &args,
+                       cudaStream_t stream) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     kernel<<<blocks, threads, shared, stream>>>(args);
     CUDA_CHECK_LAUNCH();
@@ -1226,7 +1246,8 @@ static void acp_run_backward(const AcpBackward &args, int BH, cudaStream_t strea
     acp_stats_kernel<D><<<(unsigned)((rows + per_block - 1) / per_block), 256, 0, stream>>>(args, rows);
     CUDA_CHECK_LAUNCH();
     acp_launch(acp_dq_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpDqShared<D>), args, stream);
-    acp_launch(acp_dkdv_kernel<D>, BH * args.in.blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args, stream);
+    acp_launch(acp_dkdv_kernel<D>, BH * args.in.blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args,
+               stream);
 }
 
 template <bool BACKWARD>
@@ -1267,7 +1288,8 @@ static void acp_check(const AcpShape *s, int64_t stride, const void *q, const vo
     CUDA_REQUIRE((int64_t)s->B * s->H <= 65535, "at most 65,535 heads in all sequences together expected");
     CUDA_REQUIRE((int64_t)s->B * s->H * s->T < INT32_MAX, "fewer than 2^31 rows of attention expected");
     CUDA_REQUIRE(s->log_tolerance < 0, "a negative log_tolerance expected");
-    CUDA_REQUIRE(stride % 8 == 0 && stride >= (int64_t)s->H * s->D, "a stride that is a multiple of 8 and at least H*D expected");
+    CUDA_REQUIRE(stride % 8 == 0 && stride >= (int64_t)s->H * s->D,
+                 "a stride that is a multiple of 8 and at least H*D expected");
     CUDA_REQUIRE(((uintptr_t)q | (uintptr_t)k | (uintptr_t)v) % 16 == 0, "q, k and v aligned to 16 bytes expected");
 }
 
@@ -1283,9 +1305,10 @@ extern "C" int64_t acp_workspace_bytes(const AcpShape *shape) {
     return bytes;
 }
 
-/* Where `saved` holds the cumulative gates (double [B, H, T]), the first key block of each query block and the last query
- * block of each key block (int [B, H, ceil(T / 128)]): for tests and reports. */
-extern "C" void acp_saved_views(const AcpShape *shape, void *memory, const double **c, const int **first, const int **last) {
+/* Where `saved` holds the cumulative gates (double [B, H, T]), the first key block of each query block and the last
+ * query block of each key block (int [B, H, ceil(T / 128)]): for tests and reports. */
+extern "C" void acp_saved_views(const AcpShape *shape, void *memory, const double **c, const int **first,
+                                const int **last) {
     int64_t bytes;
     AcpSaved saved = acp_saved(shape, memory, &bytes);
     *c = saved.c;
@@ -1295,7 +1318,8 @@ extern "C" void acp_saved_views(const AcpShape *shape, void *memory, const doubl
 
 extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse, void *saved_memory, void *workspace,
                                       AcpCounts *counts, const bf16 *q, const bf16 *k, const bf16 *v, int64_t stride,
-                                      const float *log_f, const float *q_norm, const float *k_norm, cudaStream_t stream) {
+                                      const float *log_f, const float *q_norm, const float *k_norm,
+                                      cudaStream_t stream) {
     acp_check(shape, stride, q, k, v);
     CUDA_REQUIRE((q_norm == NULL) == (k_norm == NULL), "both QK-norm weights or neither expected");
     int64_t bytes;
@@ -1304,8 +1328,9 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
     AcpScan scan = {in.T, in.blocks, log_f, NULL, work.chunk_sums, saved, NULL};
-    AcpRanges ranges = {shape->mode, in.T, in.H, shape->D, in.blocks, shape->log_tolerance, q_norm, k_norm, shape->shared_norm,
-                        counts != NULL ? counts->skipped : NULL, counts != NULL ? counts->total : NULL};
+    AcpRanges ranges = {shape->mode, in.T, in.H, shape->D, in.blocks, shape->log_tolerance, q_norm, k_norm,
+                        shape->shared_norm, counts != NULL ? counts->skipped : NULL,
+                        counts != NULL ? counts->total : NULL};
     AcpForward args = {in, saved, o, lse};
     acp_run_scan<false>(scan, BH, stream);
     if (shape->D == 64) {
@@ -1317,9 +1342,10 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     }
 }
 
-extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk, bf16 *dv, float *dlog_f, void *saved_memory,
-                                       void *workspace, const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v,
-                                       int64_t stride, const bf16 *o, const float *lse, cudaStream_t stream) {
+extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk, bf16 *dv, float *dlog_f,
+                                       void *saved_memory, void *workspace, const bf16 *dout, const bf16 *q,
+                                       const bf16 *k, const bf16 *v, int64_t stride, const bf16 *o, const float *lse,
+                                       cudaStream_t stream) {
     acp_check(shape, stride, q, k, v);
     int64_t bytes;
     int BH = shape->B * shape->H;

@@ -3,10 +3,10 @@
  *
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o bench_attention dev/bench_attention.cu
  *   ./bench_attention            all shapes; ./bench_attention 16384 only that context; --kernels: each kernel's share
- *   ./bench_attention --gates FILE    measured gates: log f as float32 [layers, 12 heads, 16384], D = 64, sums over layers
+ *   ./bench_attention --gates FILE    a trained model's gates, log f as float32 [layers, 12, 16384]: D = 64, sum of layers
  *
- * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention in
- * the same time (forward 2 B H T^2 D, backward 2.5 times that), so that pruning shows as speed. */
+ * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention
+ * in the same time (forward 2 B H T^2 D, backward 2.5 times that), so that pruning shows as speed. */
 #include "../acp_attention.cuh"
 
 typedef struct Shape {
@@ -91,8 +91,8 @@ static Buffers bench_buffers(const Shape *s) {
 }
 
 static void bench_free(Buffers *b) {
-    void *all[] = {b->q, b->k, b->v, b->o, b->dout, b->dq, b->dk, b->dv, b->log_f, b->lse, b->dlog_f, b->ones, b->saved, b->work,
-                   b->counts.skipped};
+    void *all[] = {b->q,      b->k,    b->v,     b->o,    b->dout,          b->dq, b->dk, b->dv, b->log_f, b->lse,
+                   b->dlog_f, b->ones, b->saved, b->work, b->counts.skipped};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         CUDA_CHECK(cudaFree(all[i]));
     }
@@ -149,8 +149,8 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b) {
         acp_launch(acp_dkdv_kernel<D>, BH * blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), backward, 0);
     });
     ms[6] = bench_time([&] { acp_run_scan<true>(scan, BH, 0); });
-    printf("    scan %.3f  ranges %.3f  forward %.3f | stats %.3f  dq %.3f  dkdv %.3f  scan %.3f\n", ms[0], ms[1], ms[2], ms[3], ms[4],
-           ms[5], ms[6]);
+    printf("    scan %.3f  ranges %.3f  forward %.3f | stats %.3f  dq %.3f  dkdv %.3f  scan %.3f\n", ms[0], ms[1],
+           ms[2], ms[3], ms[4], ms[5], ms[6]);
 }
 
 /* Forward and backward of every layer of a trained model's gates. */
@@ -173,14 +173,16 @@ static bool bench_gates(const char *path) {
         for (; fread(log_f, sizeof(float), (size_t)count, f) == (size_t)count; layers++) {
             CUDA_CHECK(cudaMemcpy(b.log_f, log_f, sizeof(float) * (size_t)count, cudaMemcpyHostToDevice));
             forward += bench_time([&] {
-                acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, NULL, b.q, b.k, b.v, stride, b.log_f, b.ones, b.ones, 0);
+                acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, NULL, b.q, b.k, b.v, stride, b.log_f, b.ones,
+                                      b.ones, 0);
             });
             backward += bench_time([&] {
-                acp_attention_backward(&shape, b.dq, b.dk, b.dv, b.dlog_f, b.saved, b.work, b.dout, b.q, b.k, b.v, stride, b.o, b.lse, 0);
+                acp_attention_backward(&shape, b.dq, b.dk, b.dv, b.dlog_f, b.saved, b.work, b.dout, b.q, b.k, b.v,
+                                       stride, b.o, b.lse, 0);
             });
         }
-        printf("%s, %d layers, %-5s  forward %7.3f  backward %7.3f  both %7.3f ms\n", path, layers, modes[mode], forward, backward,
-               forward + backward);
+        printf("%s, %d layers, %-5s  forward %7.3f  backward %7.3f  both %7.3f ms\n", path, layers, modes[mode],
+               forward, backward, forward + backward);
     }
     bench_free(&b);
     free(log_f);
@@ -196,23 +198,27 @@ static void bench_shape(const Shape *s, bool kernels) {
     for (int mode = 0; mode < 3; mode++) {
         AcpShape shape = {s->B, s->T, s->H, s->D, (AcpMode)mode, -10, true, false};
         auto forward = [&](AcpCounts *counts) {
-            acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, counts, b.q, b.k, b.v, stride, b.log_f, b.ones, b.ones, 0);
+            acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, counts, b.q, b.k, b.v, stride, b.log_f, b.ones,
+                                  b.ones, 0);
         };
         auto backward = [&] {
-            acp_attention_backward(&shape, b.dq, b.dk, b.dv, b.dlog_f, b.saved, b.work, b.dout, b.q, b.k, b.v, stride, b.o, b.lse, 0);
+            acp_attention_backward(&shape, b.dq, b.dk, b.dv, b.dlog_f, b.saved, b.work, b.dout, b.q, b.k, b.v, stride,
+                                   b.o, b.lse, 0);
         };
         unsigned long long *counts = FOX_NEW(unsigned long long, 2 * s->H), skipped = 0, total = 0;
         CUDA_CHECK(cudaMemset(b.counts.skipped, 0, sizeof(unsigned long long) * (size_t)(2 * s->H)));
         forward(&b.counts);
-        CUDA_CHECK(cudaMemcpy(counts, b.counts.skipped, sizeof(unsigned long long) * (size_t)(2 * s->H), cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(counts, b.counts.skipped, sizeof(unsigned long long) * (size_t)(2 * s->H),
+                              cudaMemcpyDeviceToHost));
         for (int h = 0; h < s->H; h++) {
             skipped += counts[h];
             total += counts[s->H + h];
         }
         float ms_forward = bench_time([&] { forward(NULL); }), ms_backward = bench_time(backward);
-        printf("D %3d  T %6d x %d  %-5s  kept %5.1f%%  forward %7.3f  backward %7.3f  both %7.3f ms  dense-equivalent %5.0f %5.0f TFLOP/s\n",
-               s->D, s->T, s->B, modes[mode], 100.0 * (double)(total - skipped) / (double)total, ms_forward, ms_backward,
-               ms_forward + ms_backward, flops / ms_forward * 1e-9, 2.5 * flops / ms_backward * 1e-9);
+        printf("D %3d  T %6d x %d  %-5s  kept %5.1f%%  forward %7.3f  backward %7.3f  both %7.3f ms  dense-equivalent "
+               "%5.0f %5.0f TFLOP/s\n",
+               s->D, s->T, s->B, modes[mode], 100.0 * (double)(total - skipped) / (double)total, ms_forward,
+               ms_backward, ms_forward + ms_backward, flops / ms_forward * 1e-9, 2.5 * flops / ms_backward * 1e-9);
         if (kernels && s->D == 64) {
             bench_kernels<64>(&shape, &b);
         } else if (kernels) {

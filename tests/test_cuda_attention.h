@@ -110,7 +110,7 @@ static void attention_fill(AttentionCase *a) {
         }
         *tensors[n] = x;
     }
-    a->log_f = FOX_NEW(float, (int64_t)B * H * T);
+    a->log_f = FOX_NEW(float, (int64_t)B *H *T);
     for (int64_t i = 0; i < (int64_t)B * H * T; i++) {
         a->log_f[i] = (float)attention_gate(a, (int)(i / T % H), i);
     }
@@ -158,7 +158,7 @@ static void attention_upload_qkv(const AttentionCase *a, void *memory[3], uint16
         }
         return;
     }
-    float *product = FOX_NEW(float, N * *stride);
+    float *product = FOX_NEW(float, N **stride);
     for (int64_t i = 0; i < N * 3 * d; i++) {
         product[i / (3 * d) * *stride + i % (3 * d)] = from[i % (3 * d) / d][i / (3 * d) * d + i % d];
     }
@@ -179,24 +179,28 @@ static uint64_t attention_run(AttentionCase *a) {
     void *memory[3];
     uint16_t *qkv[3];
     attention_upload_qkv(a, memory, qkv, &stride);
-    void *dout = attention_upload(a->dout, (int64_t)B * T, d, d), *o = attention_device(NULL, sizeof(uint16_t) * (size_t)N);
-    void *dq = attention_device(NULL, sizeof(uint16_t) * (size_t)N), *dk = attention_device(NULL, sizeof(uint16_t) * (size_t)N);
-    void *dv = attention_device(NULL, sizeof(uint16_t) * (size_t)N), *log_f = attention_device(a->log_f, sizeof(float) * (size_t)rows);
+    void *dout = attention_upload(a->dout, (int64_t)B * T, d, d),
+         *o = attention_device(NULL, sizeof(uint16_t) * (size_t)N);
+    void *dq = attention_device(NULL, sizeof(uint16_t) * (size_t)N),
+         *dk = attention_device(NULL, sizeof(uint16_t) * (size_t)N);
+    void *dv = attention_device(NULL, sizeof(uint16_t) * (size_t)N),
+         *log_f = attention_device(a->log_f, sizeof(float) * (size_t)rows);
     float *lse = (float *)attention_device(NULL, sizeof(float) * (size_t)rows);
     float *dlog_f = (float *)attention_device(NULL, sizeof(float) * (size_t)rows);
     float *q_norm = (float *)attention_device(a->q_norm, sizeof(float) * (size_t)d);
     float *k_norm = (float *)attention_device(a->k_norm, sizeof(float) * (size_t)d);
-    void *saved = attention_device(NULL, (size_t)acp_saved_bytes(shape)), *work = attention_device(NULL, (size_t)acp_workspace_bytes(shape));
+    void *saved = attention_device(NULL, (size_t)acp_saved_bytes(shape)),
+         *work = attention_device(NULL, (size_t)acp_workspace_bytes(shape));
     AcpCounts counts;
     counts.skipped = (unsigned long long *)attention_device(NULL, sizeof(unsigned long long) * (size_t)(2 * H));
     counts.total = counts.skipped + H;
     attention_cuda(cudaMemset(counts.skipped, 0, sizeof(unsigned long long) * (size_t)(2 * H)));
 
-    acp_attention_forward(shape, (bf16 *)o, lse, saved, work, &counts, qkv[0], qkv[1], qkv[2], stride, (const float *)log_f,
-                          a->norms ? q_norm : NULL, a->norms ? k_norm : NULL, 0);
+    acp_attention_forward(shape, (bf16 *)o, lse, saved, work, &counts, qkv[0], qkv[1], qkv[2], stride,
+                          (const float *)log_f, a->norms ? q_norm : NULL, a->norms ? k_norm : NULL, 0);
     attention_cuda(cudaMemset(work, 0xff, (size_t)acp_workspace_bytes(shape))); /* nothing may survive there */
-    acp_attention_backward(shape, (bf16 *)dq, (bf16 *)dk, (bf16 *)dv, dlog_f, saved, work, (const bf16 *)dout, qkv[0], qkv[1], qkv[2],
-                           stride, (const bf16 *)o, lse, 0);
+    acp_attention_backward(shape, (bf16 *)dq, (bf16 *)dk, (bf16 *)dv, dlog_f, saved, work, (const bf16 *)dout, qkv[0],
+                           qkv[1], qkv[2], stride, (const bf16 *)o, lse, 0);
     attention_cuda(cudaDeviceSynchronize());
 
     a->o = attention_download(o, N, &hash);
@@ -209,8 +213,8 @@ static uint64_t attention_run(AttentionCase *a) {
     const int *first, *last;
     acp_saved_views(shape, saved, &c, &first, &last);
     a->c = FOX_NEW(double, rows);
-    a->first = FOX_NEW(int, (int64_t)B * H * blocks);
-    a->last = FOX_NEW(int, (int64_t)B * H * blocks);
+    a->first = FOX_NEW(int, (int64_t)B *H *blocks);
+    a->last = FOX_NEW(int, (int64_t)B *H *blocks);
     a->skipped = FOX_NEW(unsigned long long, 2 * H);
     a->total = a->skipped + H;
     attention_fetch(a->c, c, sizeof(double) * (size_t)rows);
@@ -218,7 +222,8 @@ static uint64_t attention_run(AttentionCase *a) {
     attention_fetch(a->last, last, sizeof(int) * (size_t)(B * H * blocks));
     attention_fetch(a->skipped, counts.skipped, sizeof(unsigned long long) * (size_t)(2 * H));
     hash = fox_hash(hash, a->first, sizeof(int) * (size_t)(B * H * blocks));
-    void *all[] = {memory[0], memory[1], memory[2], dout, o, dq, dk, dv, log_f, lse, dlog_f, q_norm, k_norm, saved, work, counts.skipped};
+    void *all[] = {memory[0], memory[1], memory[2], dout,   o,      dq,    dk,   dv,
+                   log_f,     lse,       dlog_f,    q_norm, k_norm, saved, work, counts.skipped};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         attention_cuda(cudaFree(all[i]));
     }
@@ -242,8 +247,9 @@ static void attention_free_inputs(AttentionCase *a) {
 static void attention_name(const AttentionCase *a, char *name, size_t size) {
     static const char *const modes[] = {"off", "paper", "tight"};
     static const char *const gates[] = {"strong", "weak", "mixed", "reset", "spread", "half"};
-    snprintf(name, size, "attention B %d T %d H %d D %d, acp %s, gates %s%s%s", a->shape.B, a->shape.T, a->shape.H, a->shape.D,
-             modes[a->shape.mode], gates[a->gates], a->norms ? "" : ", measured bound", a->packed ? ", packed" : "");
+    snprintf(name, size, "attention B %d T %d H %d D %d, acp %s, gates %s%s%s", a->shape.B, a->shape.T, a->shape.H,
+             a->shape.D, modes[a->shape.mode], gates[a->gates], a->norms ? "" : ", measured bound",
+             a->packed ? ", packed" : "");
 }
 
 /* ||a - ref|| / ||ref||, with `unit` an element as the smallest norm: at T = 1 the gradients of q and k are zero. */
@@ -261,7 +267,8 @@ static double attention_error(const float *a, const float *ref, int64_t count, d
 
 /* The ranges of one head, by cpu/acp.h with a tolerance a little smaller and a little larger. */
 static void attention_check_ranges(Tests *t, const AttentionCase *a, const char *name, int bh, const AcpHead *head) {
-    int T = a->shape.T, D = a->shape.D, blocks = acp_blocks(T, ACP_TEST_BLOCK), h = bh % a->shape.H, *bound = FOX_NEW(int, blocks);
+    int T = a->shape.T, D = a->shape.D, blocks = acp_blocks(T, ACP_TEST_BLOCK), h = bh % a->shape.H,
+        *bound = FOX_NEW(int, blocks);
     const int *first = a->first + (int64_t)bh * blocks;
     double slack = 0, U = 0, tolerance = a->shape.log_tolerance;
     bool same = true;
@@ -277,7 +284,8 @@ static void attention_check_ranges(Tests *t, const AttentionCase *a, const char 
     for (int side = -1; side <= 1; side += 2) { /* -1: prunes a little less */
         memset(bound, 0, sizeof(int) * (size_t)blocks);
         if (a->shape.mode == ACP_PAPER) {
-            acp_first_blocks_paper(T, head->c, acp_threshold(U, T, tolerance) + side * slack, ACP_TEST_BLOCK, ACP_TEST_BLOCK, bound);
+            acp_first_blocks_paper(T, head->c, acp_threshold(U, T, tolerance) + side * slack, ACP_TEST_BLOCK,
+                                   ACP_TEST_BLOCK, bound);
         } else if (a->shape.mode == ACP_TIGHT) {
             acp_first_blocks_tight(head, tolerance + side * slack, ACP_TEST_BLOCK, ACP_TEST_BLOCK, NULL, bound);
         }
@@ -295,7 +303,8 @@ static void attention_check_ranges(Tests *t, const AttentionCase *a, const char 
 }
 
 static void attention_check_head(Tests *t, const AttentionCase *a, const char *name, int bh, AttentionErrors *worst) {
-    int T = a->shape.T, H = a->shape.H, D = a->shape.D, blocks = acp_blocks(T, FOX_BLOCK), *first = FOX_NEW(int, blocks);
+    int T = a->shape.T, H = a->shape.H, D = a->shape.D, blocks = acp_blocks(T, FOX_BLOCK),
+        *first = FOX_NEW(int, blocks);
     int64_t d = H * D, at = (int64_t)(bh / H) * T * d + bh % H * D, row = (int64_t)bh * T, size = (int64_t)T * D;
     float *o = FOX_NEW(float, size), *dq = FOX_NEW(float, size), *dk = FOX_NEW(float, size), *dv = FOX_NEW(float, size);
     float *qkv[4], *lse = FOX_NEW(float, T), *dlog_f = FOX_NEW(float, T);
@@ -343,7 +352,8 @@ static void attention_check_head(Tests *t, const AttentionCase *a, const char *n
         double error = attention_error(copy, cpu[n], size, units[n], largest[n]);
         check(t, error <= allowed[n], "%s, head %d: %s off by %.3g", name, bh, names[n], error);
     }
-    double lse_error = max_error(a->lse + row, lse, T), gate_error = attention_error(a->dlog_f + row, dlog_f, T, 0.03, &worst->dlog_f);
+    double lse_error = max_error(a->lse + row, lse, T),
+           gate_error = attention_error(a->dlog_f + row, dlog_f, T, 0.03, &worst->dlog_f);
     worst->lse = lse_error <= worst->lse ? worst->lse : lse_error;
     check(t, lse_error <= 2e-4, "%s, head %d: lse off by %.3g", name, bh, lse_error);
     check(t, gate_error <= 2e-3, "%s, head %d: d log f off by %.3g", name, bh, gate_error);
@@ -368,10 +378,12 @@ static void attention_case_gpu(Tests *t, AttentionCase *a, AttentionErrors *wors
             attention_check_head(t, a, name, bh, worst);
         }
     }
-    unsigned long long causal = (unsigned long long)(acp_causal_blocks(a->shape.T, ACP_TEST_BLOCK, ACP_TEST_BLOCK) * a->shape.B);
+    unsigned long long causal =
+        (unsigned long long)(acp_causal_blocks(a->shape.T, ACP_TEST_BLOCK, ACP_TEST_BLOCK) * a->shape.B);
     for (int h = 0; h < H; h++) {
-        check(t, a->skipped[h] == skipped[h] && a->total[h] == causal, "%s: head %d counts %llu of %llu blocks, %llu of %llu expected", name,
-              h, a->skipped[h], a->total[h], skipped[h], causal);
+        check(t, a->skipped[h] == skipped[h] && a->total[h] == causal,
+              "%s: head %d counts %llu of %llu blocks, %llu of %llu expected", name, h, a->skipped[h], a->total[h],
+              skipped[h], causal);
         kept[0] += (double)(a->total[h] - a->skipped[h]);
         kept[1] += (double)a->total[h];
     }
@@ -413,14 +425,16 @@ static void test_attention_grid(Tests *t) {
                 seed++;
             }
         }
-        check(t, mode == ACP_OFF ? kept[0] == kept[1] : t->quick || kept[0] < 0.8 * kept[1], "acp %s keeps %g of %g blocks", modes[mode], kept[0],
-              kept[1]);
-        printf("attention, acp %-5s o %.1e, lse %.1e, dq %.1e, dk %.1e, dv %.1e, d log f %.1e; %.1f%% of the blocks kept\n", modes[mode],
-               worst.o, worst.lse, worst.dq, worst.dk, worst.dv, worst.dlog_f, 100 * kept[0] / kept[1]);
+        check(t, mode == ACP_OFF ? kept[0] == kept[1] : t->quick || kept[0] < 0.8 * kept[1],
+              "acp %s keeps %g of %g blocks", modes[mode], kept[0], kept[1]);
+        printf("attention, acp %-5s o %.1e, lse %.1e, dq %.1e, dk %.1e, dv %.1e, d log f %.1e; %.1f%% of the blocks "
+               "kept\n",
+               modes[mode], worst.o, worst.lse, worst.dq, worst.dk, worst.dv, worst.dlog_f, 100 * kept[0] / kept[1]);
     }
 }
 
-/* One head of a long sequence in double, over the last WINDOW keys before a row: what lies further back weighs nothing. */
+/* One head of a long sequence in double, over the last WINDOW keys before a row: what lies further back weighs nothing.
+ * */
 enum { ATTENTION_WINDOW = 400 };
 
 static int attention_row(const AttentionCase *a, const double *c, int h, int i, double *p, double *o, double *lse) {
@@ -471,7 +485,8 @@ static void test_attention_long(Tests *t) {
     static const int kinds[] = {GATES_HALF, GATES_STRONG};
     int T = t->quick ? 8192 : 65536, rows = 60;
     for (int kind = 0; kind < 2; kind++) {
-        AttentionCase a = attention_case_of(1, T, 2, kind == 0 ? 64 : 128, kind == 0 ? ACP_OFF : ACP_TIGHT, kinds[kind], 7);
+        AttentionCase a =
+            attention_case_of(1, T, 2, kind == 0 ? 64 : 128, kind == 0 ? ACP_OFF : ACP_TIGHT, kinds[kind], 7);
         int D = a.shape.D, H = a.shape.H;
         char name[200];
         attention_name(&a, name, sizeof name);
@@ -494,8 +509,8 @@ static void test_attention_long(Tests *t) {
             norm[1] += gate * gate;
         }
         double o_error = sqrt(diff[0] / norm[0]), gate_error = sqrt(diff[1] / norm[1]);
-        printf("%s: c ends at %.0f; %d rows in double: o %.1e, lse %.1e, d log f %.1e\n", name, c[T - 1], rows, o_error, lse_error,
-               gate_error);
+        printf("%s: c ends at %.0f; %d rows in double: o %.1e, lse %.1e, d log f %.1e\n", name, c[T - 1], rows, o_error,
+               lse_error, gate_error);
         check_error(t, name, o_error, 2e-3);
         check_error(t, name, gate_error, 2e-3);
         check_error(t, name, lse_error, 2e-4);
