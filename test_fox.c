@@ -37,6 +37,7 @@ static const TestGroup groups[] = {
     {"tokenizer", test_tokenizer}, {"sampler", test_sampler},     {"runs", test_runs},
 #ifdef FOX_CUDA
     {"cuda_layers", test_cuda_layers}, {"cuda_attention", test_cuda_attention}, {"cuda_model", test_cuda_model},
+    {"cuda_runs", test_cuda_runs},
 #endif
 };
 

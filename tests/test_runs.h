@@ -27,6 +27,7 @@ typedef struct RunFixture {
     char program[512]; /* train_fox, absolute */
     char data[600];  /* shards: 41 windows of 16 tokens in three files, and 9 for validation */
     char model[1024]; /* checkpoint of a small model */
+    bool gpu;            /* children may use a GPU; the others do not see it */
 } RunFixture;
 
 /* ---- children */
@@ -58,6 +59,9 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
         dup2(open(out, O_WRONLY | O_CREAT | O_TRUNC, 0666), STDOUT_FILENO);
         dup2(open(err, O_WRONLY | O_CREAT | O_TRUNC, 0666), STDERR_FILENO);
         setenv("OMP_NUM_THREADS", count, 1);
+        if (!f->gpu) {
+            setenv("CUDA_VISIBLE_DEVICES", "", 1);
+        }
         setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1); // in a container the tests run as root
         setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
         if (largest_file > 0) {
@@ -118,7 +122,7 @@ static bool run_make_model(RunFixture *f, FoxError *err) {
     BackendSpec spec;
     memset(&spec, 0, sizeof spec);
     spec.config = fox_preset_config(fox_find_preset("fox-pro-tiny"), RUN_MODEL_VOCAB);
-    spec.config.hidden_size = 32;
+    spec.config.hidden_size = f->gpu ? 128 : 32; /* the GPU knows heads of 64 values */
     spec.config.num_hidden_layers = 2;
     spec.config.num_heads = 2;
     spec.config.intermediate_size = 48;
@@ -828,6 +832,7 @@ static void test_run_ranks(Tests *t, const RunFixture *f) {
 
 static void test_runs(Tests *t) {
     RunFixture f;
+    memset(&f, 0, sizeof f);
     if (!run_fixture_create(t, &f)) {
         return;
     }
@@ -849,5 +854,49 @@ static void test_runs(Tests *t) {
     printf("runs: several ranks are skipped: built without MPI\n");
 #endif
 }
+
+#ifdef FOX_CUDA
+/* Whole runs on the GPU: resume is exact, and a checkpoint goes from the CPU to the GPU and back. */
+static void test_cuda_runs(Tests *t) {
+    RunFixture f;
+    RunLog cpu_only, mixed;
+    char why[256], command[4096];
+    if (!backend_cuda_available(why)) {
+        printf("no GPU can be used (%s): not run\n", why);
+        return;
+    }
+    memset(&f, 0, sizeof f);
+    f.gpu = true;
+    if (!run_fixture_create(t, &f)) {
+        return;
+    }
+    test_run_resume(t, &f, "-b 2 --device cuda --deterministic");
+    test_run_resume(t, &f, "-b 1 --device cuda -r 2");
+
+    static const char *const devices[] = {"cpu", "cuda", "cpu"};
+    run_train_command(&f, "cpu_only", "-x 30 -n 10 -l 1e-3 --device cpu", command);
+    run_expect(t, &f, "30 steps on the CPU", run_command(&f, command), 0);
+    for (int i = 0; i < 3; i++) {
+        char more[200];
+        snprintf(more, sizeof more, "-x 30 -n 10 -l 1e-3 -y --device %s", devices[i]);
+        run_train_command(&f, "mixed", more, command);
+        run_expect(t, &f, "10 of 30 steps on one device, then the other", run_command(&f, command), 0);
+        char dir[700];
+        for (int step = 10 * (i + 2); step <= 30; step += 10) { /* the schedule is of 30 steps: drop what came too early */
+            snprintf(dir, sizeof dir, "%s/mixed/step_%08d", f.root, step);
+            remove_directory(dir);
+        }
+    }
+    run_read_log(&f, "cpu_only", &cpu_only);
+    run_read_log(&f, "mixed", &mixed);
+    double worst = 0;
+    for (int step = 1; step <= 30; step++) {
+        worst = fmax(worst, fabs(cpu_only.loss[step] - mixed.loss[step]));
+    }
+    check(t, mixed.starts == 3 && mixed.last == 30, "three starts and 30 steps, found %d and %d", mixed.starts, mixed.last);
+    check_error(t, "10 steps on the CPU, 10 on the GPU, 10 on the CPU, against 30 on the CPU", worst, 0.03);
+    printf("runs: CPU, GPU, CPU against the CPU alone: losses within %.2g\n", worst);
+}
+#endif
 
 #endif
