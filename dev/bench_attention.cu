@@ -3,7 +3,7 @@
  *
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o bench_attention dev/bench_attention.cu
  *   ./bench_attention            all shapes; ./bench_attention 16384 only that context; --kernels: each kernel's share
- *   ./bench_attention --gates FILE    gates of a trained model, log f as float32 [layers, 12, 16384]; D = 64, sum of layers
+ *   ./bench_attention --gates FILE    a trained model, log f as float32 [layers, 12, 16384]; D = 64, sum of layers
  *
  * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention
  * in the same time (forward 2 B H T^2 D, backward 2.5 times that), so that pruning shows as speed. */
