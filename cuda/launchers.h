@@ -159,6 +159,10 @@ void acp_attention_backward(const AcpShape *, bf16 *dq, bf16 *dk, bf16 *dv, floa
                             const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, int64_t stride, const bf16 *o,
                             const float *lse, cudaStream_t stream);
 
+/* Views of what a forward pass left in `saved`, for tests and reports: c, cumulative gates [B*H, T]; first and last, the key
+ * block and query block ranges [B*H, blocks of 128]. */
+void acp_saved_views(const AcpShape *, void *saved, const double **c, const int **first, const int **last);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,9 +9,6 @@
 #include "check.h"
 #include "test_acp.h"
 
-/* acp_attention.cuh: where `saved` holds c, first and last. */
-void acp_saved_views(const AcpShape *shape, void *memory, const double **c, const int **first, const int **last);
-
 enum { ACP_TEST_BLOCK = 128 }; /* the GPU's grain of pruning */
 
 enum { GATES_STRONG, GATES_WEAK, GATES_MIXED, GATES_RESET, GATES_SPREAD, GATES_HALF, GATE_KINDS };
