@@ -531,8 +531,7 @@ static void cuda_pruning(Backend *b, double *skipped, double *total) {
     free(counts);
 }
 
-/* Decoding runs the forward pass over the text so far: on a GPU that costs a few milliseconds a token and needs no second
- * set of kernels. Beyond B*T tokens only the newest are looked at. */
+/* Decoding runs the forward pass over the text so far: more work than a cache, but no second set of kernels. Beyond B*T tokens only the newest are looked at. */
 static void cuda_decode_begin(Backend *b, int max_tokens) {
     CudaBackend *s = cuda(b);
     s->prefix = FOX_NEW(int32_t, max_tokens + PADDING);
