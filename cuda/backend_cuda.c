@@ -531,7 +531,8 @@ static void cuda_pruning(Backend *b, double *skipped, double *total) {
     free(counts);
 }
 
-/* Decoding runs the forward pass over the text so far: more work than a cache, but no second set of kernels. Beyond B*T tokens only the newest are looked at. */
+/* Decoding runs the forward pass over the text so far: more work than a cache, but no second set of kernels. Beyond B*T
+ * tokens only the newest are looked at. */
 static void cuda_decode_begin(Backend *b, int max_tokens) {
     CudaBackend *s = cuda(b);
     s->prefix = FOX_NEW(int32_t, max_tokens + PADDING);
@@ -731,7 +732,6 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     s->attention.D = head_width;
     s->attention.mode = spec->config.use_forget_gate ? spec->acp : ACP_OFF;
     s->attention.log_tolerance = (double)spec->log_tolerance;
-    s->attention.deterministic = spec->deterministic;
     s->attention.shared_norm = spec->config.qk_norm_share_param_across_head;
     return true;
 }

@@ -4,8 +4,7 @@
  * (fox_die) and the launch with the runtime's reason. Shapes are row-major as in fox_layers.h: N = B*T tokens, d = H*D.
  * Precision: products and activations in bf16, the residual stream, gates, statistics and weight gradients in float32,
  * cumulative gates in double. Weight gradients are ADDED to; activation gradients are overwritten unless said otherwise.
- * Nothing here depends on the order of thread blocks: results repeat bit for bit, except where a function takes
- * `deterministic`. */
+ * Nothing here depends on the order of thread blocks: results repeat bit for bit. */
 #ifndef FOX_LAUNCHERS_H
 #define FOX_LAUNCHERS_H
 
@@ -134,7 +133,6 @@ typedef struct AcpShape {
     int B, T, H, D; /* D is 64 or 128 */
     AcpMode mode;
     double log_tolerance;
-    bool deterministic;
     bool shared_norm; /* q_norm and k_norm have length D */
 } AcpShape;
 
