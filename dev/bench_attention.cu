@@ -69,7 +69,7 @@ static Type *bench_alloc(int64_t count) {
 
 static Buffers bench_buffers(const Shape *s) {
     int64_t rows = (int64_t)s->B * s->T * s->H, N = rows * s->D;
-    AcpShape shape = {s->B, s->T, s->H, s->D, ACP_OFF, -10, true, false};
+    AcpShape shape = {s->B, s->T, s->H, s->D, ACP_OFF, -10, false};
     Buffers b;
     bf16 **tensors[] = {&b.q, &b.k, &b.v, &b.dout, &b.o, &b.dq, &b.dk, &b.dv};
     for (int i = 0; i < 8; i++) {
@@ -166,7 +166,7 @@ static bool bench_gates(const char *path) {
     }
     Buffers b = bench_buffers(&s);
     for (int mode = 0; mode < 3; mode++) {
-        AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, true, false};
+        AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, false};
         float forward = 0, backward = 0;
         int layers = 0;
         rewind(f);
@@ -196,7 +196,7 @@ static void bench_shape(const Shape *s, bool kernels) {
     double flops = 2.0 * s->B * s->H * (double)s->T * s->T * s->D;
     int64_t stride = (int64_t)s->H * s->D;
     for (int mode = 0; mode < 3; mode++) {
-        AcpShape shape = {s->B, s->T, s->H, s->D, (AcpMode)mode, -10, true, false};
+        AcpShape shape = {s->B, s->T, s->H, s->D, (AcpMode)mode, -10, false};
         auto forward = [&](AcpCounts *counts) {
             acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, counts, b.q, b.k, b.v, stride, b.log_f, b.ones,
                                   b.ones, 0);
