@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""The same training by several programs: the official PyTorch FoX and this one, with and without pruning.
+
+    python3 dev/compare_training.py --official DIR --data data --out training.json official paper
+    python3 dev/compare_training.py --data data --out training_more.json off tight paper@2
+    python3 dev/compare_training.py --merge training.json training_more.json --out docs/results/training_125m.json
+
+Runs are `official`, `official-off` (the official program with and without ACP), `paper`, `tight`, `off` (ours); `@2`
+trains with seed 2 instead of 1, which changes initial weights and order of the data. All runs of a seed have the
+same initial weights (written by train_fox, a function of the seed alone), see the same windows at every step (see
+dev/train_official.py), and are validated on the same windows at the same steps. Defaults: FoX (Pro) 125M, T = 16384,
+640 steps of 65536 tokens, AdamW with a peak rate of 1e-3, 32 steps of warm-up and a cosine to 0.
+
+--out holds every run's curves; --merge takes over the runs of earlier files, so that parts can be made at different
+times. The table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and
+from `off` of the same seed (or from the first run), and the largest difference of the training losses, as means of 20
+steps, in the second half; tokens/s of the median step; skipped fraction of the attention blocks at the end.
+"""
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import machine
+import official
+from train_official import Plan
+
+LAST = 20  # steps that a training loss is averaged over
+
+
+def split_name(name):
+    """'paper@2' to ('paper', 2)."""
+    kind, _, seed = name.partition("@")
+    if kind not in ("official", "official-off", "paper", "tight", "off") or not (seed or "1").isdigit():
+        raise SystemExit(f"{name}: no run of this name; --help lists them")
+    return kind, int(seed or 1)
+
+
+def recipe(args, seed):
+    """train_fox's options of a run, but for the model."""
+    steps = int(args.tokens) // args.batch_tokens
+    return ["-i", args.data, "-T", args.context, "-b", args.micro_batch, "-d", args.batch_tokens, "-x", steps,
+            "-l", args.lr, "--warmup-tokens", args.warmup_steps * args.batch_tokens, "-v", args.val_every,
+            "--val-batches", args.val_sequences // args.micro_batch, "--pruning-every", args.val_every, "--seed", seed]
+
+
+def initial_weights(args, seed, scratch):
+    """A checkpoint folder with the weights that train_fox starts from with this seed."""
+    out = scratch / f"init_{seed}"
+    if not out.exists():
+        official.run_ours(args.train_fox, args.model, args.data, out, "-T", 64, "-b", 1, "-d", 64, "-x", 1, "-v", 0,
+                          "-l", official.TINY_RATE, "--warmup-tokens", 0, "--pruning-every", 0, "--seed", seed)
+    return official.newest_checkpoint(out)
+
+
+def records_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_ours(args, kind, seed, scratch):
+    out = scratch / "run"
+    records = official.run_ours(args.train_fox, initial_weights(args, seed, scratch), args.data, out,
+                                *recipe(args, seed)[2:], "--acp", kind, "--device", args.device)
+    shutil.rmtree(out)
+    return records
+
+
+def run_official(args, kind, seed, scratch):
+    """In a process of its own, so that its memory is free afterwards. Its records come back even if it ends badly."""
+    log = pathlib.Path(args.out).with_suffix(f".{kind}.jsonl")
+    command = [sys.executable, official.ROOT / "dev" / "train_official.py", "--official", args.official, "--init",
+               initial_weights(args, seed, scratch), "--acp", "off" if kind == "official-off" else "paper", "--out", log,
+               "--seconds", args.official_seconds, "--", "-e", args.model, *recipe(args, seed)]
+    done = subprocess.run(list(map(str, command)))
+    if done.returncode != 0:
+        print(f"{kind} ended with {done.returncode}", flush=True)
+    return records_of(log) if log.exists() else []
+
+
+def check_rates(plan, steps, name):
+    """Both sides must have trained at the rates of the plan."""
+    for record, planned in zip(steps, plan.steps):
+        if abs(record["lr"] - planned["lr"]) > 1e-6 * planned["lr"]:
+            raise SystemExit(f"{name}, step {record['step']}: learning rate {record['lr']}, the plan has {planned['lr']}")
+
+
+def summarize(name, records, plan):
+    """The entry of a run in the JSON file."""
+    steps = [r for r in records if r["kind"] == "step"]
+    check_rates(plan, steps, name)
+    settings = next(r for r in records if r["kind"] == "run")["settings"]
+    if settings.get("windows", plan.windows) != plan.windows:
+        raise SystemExit(f"{name}: {settings['windows']} windows of data, the plan has {plan.windows}")
+    kind, seed = split_name(name)
+    run = dict(program=kind.partition("-")[0] if kind.startswith("official") else "ours", seed=seed,
+               acp=kind if not kind.startswith("official") else "off" if kind == "official-off" else "paper",
+               device=settings["device"], tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
+               train_seconds=sum(r["step_ms"] for r in steps) / 1e3,
+               loss=[round(r["loss"], 5) for r in steps], grad_norm=[round(r["grad_norm"], 5) for r in steps],
+               validation=[[r["step"], round(r["loss"], 5)] for r in records if r["kind"] == "validation"])
+    if any(r.get("pruned") is not None for r in steps):
+        run["pruned"] = [round(r["pruned"], 4) for r in steps]
+    return run
+
+
+def smooth(losses):
+    """Means of LAST steps."""
+    return [statistics.fmean(losses[i:i + LAST]) for i in range(0, len(losses) - LAST + 1, LAST)]
+
+
+def difference(run, other):
+    """Of the last training losses, of the last validation, and the largest in the second half, where both got to."""
+    n = min(len(run["loss"]), len(other["loss"]))
+    a, b = smooth(run["loss"][:n]), smooth(other["loss"][:n])
+    last, validation = statistics.fmean(run["loss"][:n][-LAST:]) - statistics.fmean(other["loss"][:n][-LAST:]), None
+    common = dict(map(tuple, other["validation"]))
+    for step, loss in run["validation"]:
+        validation = loss - common[step] if step in common else validation
+    curve = max((abs(x - y) for x, y in list(zip(a, b))[len(a) // 2:]), default=None)
+    return dict(train=last, validation=validation, curve=curve)
+
+
+def show(number, width=9, digits=4, sign=""):
+    return " " * (width - 1) + "-" if number is None else f"{number:{sign}{width}.{digits}f}"
+
+
+def print_table(runs):
+    print(f"\n{'run':14} {'steps':>5} {'train':>9} {'valid':>9} {'tokens/s':>9} {'pruned':>7}   differs from  train     "
+          "valid     curve")
+    for name, run in runs.items():
+        line = (f"{name:14} {len(run['loss']):5} {show(statistics.fmean(run['loss'][-LAST:]))} "
+                f"{show(run['validation'][-1][1] if run['validation'] else None)} {run['tokens_per_s']:9,.0f} "
+                + (f"{100 * statistics.fmean(run['pruned'][-LAST:]):6.1f}%" if "pruned" in run else "      -"))
+        suffix = name.partition("@")[1] + name.partition("@")[2]
+        others = [o for o in ("official" + suffix, "off" + suffix) if o in runs and o != name]
+        for other in others or [o for o in list(runs)[:1] if o != name] or [None]:
+            if other is not None:
+                d = difference(run, runs[other])
+                line += f"   {other:12} {show(d['train'], sign='+')} {show(d['validation'], sign='+')} {show(d['curve'])}"
+            print(line)
+            line = " " * 59
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="what to train")
+    parser.add_argument("--official", metavar="DIR", help="clone of the official repository")
+    parser.add_argument("--data", help="folder of shards, *train*.bin and *val*.bin")
+    parser.add_argument("--out", default=str(pathlib.Path(os.environ.get("OUT") or "build", "training.json")), help="JSON file")
+    parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="earlier results")
+    parser.add_argument("--model", default="fox-pro-125m", help="preset")
+    parser.add_argument("-T", "--context", type=int, default=16384)
+    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in a step")
+    parser.add_argument("--micro-batch", type=int, default=2, help="sequences at a time")
+    parser.add_argument("--tokens", type=float, default=42e6, help="of a whole run")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--warmup-steps", type=int, default=32)
+    parser.add_argument("--val-every", type=int, default=80, help="steps between validations")
+    parser.add_argument("--val-sequences", type=int, default=32)
+    parser.add_argument("--official-seconds", type=float, default=1e9, help="the official run ends when they are over")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where ours computes")
+    parser.add_argument("--train-fox", default=str(official.ROOT / "train_fox"), metavar="PROGRAM")
+    args = parser.parse_args()
+    names = [(name, *split_name(name)) for name in args.runs]
+    if names and not args.data:
+        parser.error("--data is needed")
+    if any(kind.startswith("official") for _, kind, _ in names) and not args.official:
+        parser.error("--official is needed")
+    result = dict(machine.facts(), runs={})
+    for path in args.merge:
+        earlier = json.loads(pathlib.Path(path).read_text())
+        runs = {**result["runs"], **earlier["runs"]}
+        result = dict(result, **earlier, runs=runs)
+    pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix="fox_training_"))
+    try:
+        for name, kind, seed in names:
+            plan = Plan(["-e", args.model, *map(str, recipe(args, seed))])
+            run = run_official if kind.startswith("official") else run_ours
+            records = run(args, kind, seed, scratch)
+            if not any(r["kind"] == "step" for r in records):
+                raise SystemExit(f"{name}: no step was made")
+            result["settings"] = {k: v for k, v in plan.settings.items() if k not in ("data", "val_data", "out", "acp", "seed")}
+            result["lr"] = [float(f"{s['lr']:.6g}") for s in plan.steps]
+            result["runs"][name] = summarize(name, records, plan)
+            pathlib.Path(args.out).write_text(json.dumps(result) + "\n")
+            print_table({name: result["runs"][name]})
+    finally:
+        shutil.rmtree(scratch)
+    pathlib.Path(args.out).write_text(json.dumps(result) + "\n")
+    print_table(result["runs"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
