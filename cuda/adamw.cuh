@@ -45,97 +45,68 @@ static __global__ void squares_kernel(double *partials, const float *x, int64_t 
     }
 }
 
-static __global__ void clip_kernel(DeviceStats *stats, const double *partials, double grad_clip) {
+/* stats->squares += the partial sums, in a fixed order. */
+static __global__ void add_squares_kernel(DeviceStats *stats, const double *partials) {
     double sum = 0;
     for (int i = threadIdx.x; i < SQUARES_BLOCKS; i += SQUARES_THREADS) {
         sum += partials[i];
     }
     sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
-        double norm = sqrt(sum);
-        stats->grad_norm = norm;
-        stats->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1.0);
-        stats->applied = isfinite(norm) && isfinite(stats->loss);
+        stats->squares += sum;
     }
+}
+
+static __global__ void clip_kernel(DeviceStats *stats, double grad_clip) {
+    double norm = sqrt(stats->squares);
+    stats->grad_norm = norm;
+    stats->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1.0);
+    stats->applied = isfinite(norm) && isfinite(stats->loss);
 }
 
 /* The numbers of one step in the precision of the update. */
 struct AdamWStep {
-    float beta1, beta2, rate, v_scale, eps, shrink; /* shrink: of a parameter with decay 1 is 1 - shrink */
+    float beta1, beta2, rate, v_scale, eps, shrink; /* shrink: what decay takes of a parameter */
 };
 
 static __device__ __forceinline__ void adamw_one(float &p, float &m, float &v, float grad, float grad_scale,
-                                                 float decay, const AdamWStep &step) {
+                                                 float keep, const AdamWStep &step) {
     float g = grad * grad_scale;
     m = step.beta1 * m + (1 - step.beta1) * g;
     v = step.beta2 * v + (1 - step.beta2) * g * g;
-    p = p * (1 - decay * step.shrink) - step.rate * m / (sqrtf(v * step.v_scale) + step.eps);
+    p = p * keep - step.rate * m / (sqrtf(v * step.v_scale) + step.eps);
 }
 
-/* First range that ends after i. */
-static __device__ __forceinline__ int find_range(const AdamWRange *ranges, int count, int64_t i) {
-    int low = 0, high = count;
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (ranges[middle].start + ranges[middle].size > i) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
-    }
-    return low;
-}
-
-/* Parameters i .. i + 3 (below total), where a range begins or ends among them. */
-static __device__ __noinline__ void adamw_edge(float *params, bf16 *params_bf16, float *m, float *v, const float *grads,
-                                               const AdamWRange *ranges, int range_count, int64_t i, int64_t total,
-                                               float grad_scale, const AdamWStep &step) {
-    for (int64_t last = min(i + 4, total); i < last; i++) {
-        int r = find_range(ranges, range_count, i);
-        if (r < range_count && ranges[r].start <= i) {
-            adamw_one(params[i], m[i], v[i], grads[i], grad_scale, ranges[r].decay, step);
-            params_bf16[i] = __float2bfloat16(params[i]);
-        }
-    }
-}
-
-/* Four parameters a thread. */
+/* Four parameters a thread. Of the last ones there may be fewer. */
 static __global__ void __launch_bounds__(ADAMW_THREADS)
-    adamw_kernel(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges,
-                 int range_count, int64_t total, AdamWStep step, const DeviceStats *stats) {
-    int64_t block = (int64_t)blockIdx.x * (4 * ADAMW_THREADS), i = block + 4 * threadIdx.x;
-    if (i >= total) {
-        return;
-    }
-    if (stats->applied != 0) {
-        float grad_scale = stats->grad_scale;
-        int r = find_range(ranges, range_count, block); /* the whole block reads the same, and goes on from there */
-        while (r < range_count && ranges[r].start + ranges[r].size <= i) {
-            r++;
-        }
-        AdamWRange range = r < range_count ? ranges[r] : AdamWRange{total, 0, 0};
-        if (range.start <= i && range.start + range.size >= i + 4) {
+    adamw_kernel(float *params, bf16 *params_bf16, float *m, float *v, float *grads, int64_t count, int64_t decay_from,
+                 AdamWStep step, const DeviceStats *stats) {
+    int64_t i = 4 * ((int64_t)blockIdx.x * ADAMW_THREADS + threadIdx.x);
+    bool applied = stats->applied != 0;
+    float grad_scale = stats->grad_scale, keep = i >= decay_from ? 1 - step.shrink : 1.0f;
+    if (i + 4 <= count) {
+        if (applied) {
             float4 p4 = *reinterpret_cast<float4 *>(params + i), m4 = *reinterpret_cast<float4 *>(m + i);
             float4 v4 = *reinterpret_cast<float4 *>(v + i), g4 = *reinterpret_cast<float4 *>(grads + i);
-            adamw_one(p4.x, m4.x, v4.x, g4.x, grad_scale, range.decay, step);
-            adamw_one(p4.y, m4.y, v4.y, g4.y, grad_scale, range.decay, step);
-            adamw_one(p4.z, m4.z, v4.z, g4.z, grad_scale, range.decay, step);
-            adamw_one(p4.w, m4.w, v4.w, g4.w, grad_scale, range.decay, step);
+            adamw_one(p4.x, m4.x, v4.x, g4.x, grad_scale, keep, step);
+            adamw_one(p4.y, m4.y, v4.y, g4.y, grad_scale, keep, step);
+            adamw_one(p4.z, m4.z, v4.z, g4.z, grad_scale, keep, step);
+            adamw_one(p4.w, m4.w, v4.w, g4.w, grad_scale, keep, step);
             *reinterpret_cast<float4 *>(params + i) = p4;
             *reinterpret_cast<float4 *>(m + i) = m4;
             *reinterpret_cast<float4 *>(v + i) = v4;
             __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(p4.x, p4.y), __floats2bfloat162_rn(p4.z, p4.w)};
             *reinterpret_cast<uint2 *>(params_bf16 + i) = *reinterpret_cast<uint2 *>(pair);
-        } else if (range.start < i + 4) {
-            adamw_edge(params, params_bf16, m, v, grads, ranges, range_count, i, total, grad_scale, step);
         }
-    }
-    if (i + 4 <= total) {
         *reinterpret_cast<float4 *>(grads + i) = make_float4(0, 0, 0, 0);
-    } else {
-        for (; i < total; i++) {
-            grads[i] = 0;
+        return;
+    }
+    for (; i < count; i++) {
+        if (applied) {
+            adamw_one(params[i], m[i], v[i], grads[i], grad_scale, keep, step);
+            params_bf16[i] = __float2bfloat16(params[i]);
         }
+        grads[i] = 0;
     }
 }
 
@@ -158,23 +129,28 @@ int64_t cuda_norm_squares_scratch(void) {
     return SQUARES_BLOCKS;
 }
 
-void cuda_gradient_norm(DeviceStats *stats, double *scratch, const float *grads, int64_t count, double grad_clip,
-                        cudaStream_t stream) {
+void cuda_add_squares(DeviceStats *stats, double *scratch, const float *grads, int64_t count, cudaStream_t stream) {
     squares_kernel<<<SQUARES_BLOCKS, SQUARES_THREADS, 0, stream>>>(scratch, grads, count);
     CUDA_CHECK_LAUNCH();
-    clip_kernel<<<1, SQUARES_THREADS, 0, stream>>>(stats, scratch, grad_clip);
+    add_squares_kernel<<<1, SQUARES_THREADS, 0, stream>>>(stats, scratch);
     CUDA_CHECK_LAUNCH();
 }
 
-void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges,
-                int range_count, int64_t total, const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream) {
+void cuda_clip(DeviceStats *stats, double grad_clip, cudaStream_t stream) {
+    clip_kernel<<<1, 1, 0, stream>>>(stats, grad_clip);
+    CUDA_CHECK_LAUNCH();
+}
+
+void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, int64_t count, int64_t decay_from,
+                const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream) {
     double correct_m = 1 - pow(adamw->beta1, (double)adamw->step),
            correct_v = 1 - pow(adamw->beta2, (double)adamw->step);
     AdamWStep step = {(float)adamw->beta1,    (float)adamw->beta2, (float)(adamw->learning_rate / correct_m),
                       (float)(1 / correct_v), (float)adamw->eps,   (float)(adamw->learning_rate * adamw->weight_decay)};
     int64_t block = 4 * ADAMW_THREADS;
-    adamw_kernel<<<(unsigned)((total + block - 1) / block), ADAMW_THREADS, 0, stream>>>(
-        params, params_bf16, m, v, grads, ranges, range_count, total, step, stats);
+    CUDA_REQUIRE(count > 0 && decay_from % 4 == 0, "weight decay begins at a multiple of 4 parameters");
+    adamw_kernel<<<(unsigned)((count + block - 1) / block), ADAMW_THREADS, 0, stream>>>(
+        params, params_bf16, m, v, grads, count, decay_from, step, stats);
     CUDA_CHECK_LAUNCH();
 }
 

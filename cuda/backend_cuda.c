@@ -47,7 +47,6 @@ typedef struct CudaBackend {
     void *memory;                                     /* everything below, on the device */
     float *params, *grads, *adam_m, *adam_v;          /* flat, float32 */
     bf16 *params_bf16;                                /* flat */
-    AdamWRange *ranges;                               /* [tensors] */
     CudaActs *acts;                                   /* [L], on the host; the pointers are the device's */
     CudaScratch scratch;
     float *x_final, *rstd_final;                      /* [N, d], [N] */
@@ -214,7 +213,6 @@ static Arena cuda_layout(const Backend *b, CudaBackend *s, char *base) {
     z->squares = (double *)take(&a, FOR_WORKSPACE, 8 * cuda_norm_squares_scratch());
     z->attention = take(&a, FOR_WORKSPACE, acp_workspace_bytes(&s->attention));
     z->matmul = take(&a, FOR_WORKSPACE, matmul_workspace_bytes());
-    s->ranges = (AdamWRange *)take(&a, FOR_WORKSPACE, (int64_t)sizeof(AdamWRange) * b->table.count);
     s->tokens = (int32_t *)take(&a, FOR_WORKSPACE, 4 * N);
     s->targets = (int32_t *)take(&a, FOR_WORKSPACE, 4 * N);
     s->skipped = (unsigned long long *)take(&a, FOR_WORKSPACE, 8 * L * H);
@@ -493,8 +491,9 @@ static void cuda_forward_backward(Backend *b, const int32_t *tokens, const int32
 static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
     CudaBackend *s = cuda(b);
     DeviceStats device;
-    cuda_gradient_norm(s->stats, s->scratch.squares, s->grads, b->table.total, adamw->grad_clip, s->stream);
-    cuda_adamw(s->params, s->params_bf16, s->adam_m, s->adam_v, s->grads, s->ranges, b->table.count, b->table.total, adamw, s->stats,
+    cuda_add_squares(s->stats, s->scratch.squares, s->grads, b->table.total, s->stream);
+    cuda_clip(s->stats, adamw->grad_clip, s->stream);
+    cuda_adamw(s->params, s->params_bf16, s->adam_m, s->adam_v, s->grads, b->table.total, b->table.decayed, adamw, s->stats,
                s->stream);
     CUDA(cudaMemcpyAsync(&device, s->stats, sizeof device, cudaMemcpyDeviceToHost, s->stream));
     CUDA(cudaMemsetAsync(s->stats, 0, sizeof device, s->stream));
@@ -619,17 +618,7 @@ static bool cuda_allocate(Backend *b, FoxError *err) {
     matmul_create(&s->matmul, s->scratch.matmul, b->spec.deterministic);
     plan_products(b);
     CUDA(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
-
-    AdamWRange *ranges = FOX_NEW(AdamWRange, b->table.count);
-    for (int i = 0; i < b->table.count; i++) {
-        const FoxTensor *tensor = &b->table.tensors[i];
-        ranges[i].start = tensor->offset;
-        ranges[i].size = tensor->size;
-        ranges[i].decay = tensor->decay ? 1 : 0;
-    }
-    CUDA(cudaMemcpyAsync(s->ranges, ranges, sizeof(AdamWRange) * (size_t)b->table.count, cudaMemcpyHostToDevice, s->stream));
     CUDA(cudaStreamSynchronize(s->stream));
-    free(ranges);
     return true;
 }
 

@@ -99,29 +99,27 @@ void cuda_cross_entropy(float *losses, double *loss_sum, bf16 *logits, const int
 
 /* ---- cuda/adamw.cuh ---- */
 
-/* One range of the flat parameter space with one decay. */
-typedef struct AdamWRange {
-    int64_t start, size;
-    float decay; /* 1 or 0 times the weight decay */
-} AdamWRange;
-
 /* What the device decides at the end of a step; read back only when a number is printed. */
 typedef struct DeviceStats {
-    double loss;      /* mean of the step; in: the sum so far */
+    double loss;      /* sum over the tokens of the step so far */
+    double squares;   /* sum of the squared gradients */
     double grad_norm; /* before clipping */
     float grad_scale; /* of clipping */
     int32_t applied;  /* 0: not finite, nothing was changed */
 } DeviceStats;
 
-/* stats->grad_norm, grad_scale and applied from grads (flat, float). scratch: cuda_norm_squares_scratch() doubles. */
-void cuda_gradient_norm(DeviceStats *stats, double *scratch, const float *grads, int64_t count, double grad_clip,
-                        cudaStream_t stream);
+/* stats->squares += sum of grads[i]^2, in a fixed order. scratch: cuda_norm_squares_scratch() doubles. */
+void cuda_add_squares(DeviceStats *stats, double *scratch, const float *grads, int64_t count, cudaStream_t stream);
 int64_t cuda_norm_squares_scratch(void);
 
-/* AdamW on the ranges [range_count] (device), in one launch; writes the bf16 copy too; does nothing when stats->applied is
- * 0. Sets grads to zero either way. */
-void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, const AdamWRange *ranges, int range_count,
-                int64_t total, const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream);
+/* stats->grad_norm, grad_scale and applied from stats->squares and stats->loss. */
+void cuda_clip(DeviceStats *stats, double grad_clip, cudaStream_t stream);
+
+/* AdamW on `count` neighbours of the flat space, in one launch; weight decay applies from element decay_from on (a multiple
+ * of 4; 0 or less: to all, `count` or more: to none). Writes the bf16 copy too; does nothing when stats->applied is 0. Sets
+ * grads to zero either way. The arrays begin at multiples of 16 bytes (params_bf16: of 8). */
+void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, int64_t count, int64_t decay_from,
+                const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream);
 
 /* out = bf16(in) */
 void cuda_to_bf16(bf16 *out, const float *in, int64_t count, cudaStream_t stream);

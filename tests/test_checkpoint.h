@@ -67,24 +67,47 @@ static FoxConfig files_config(FilesRandom *r) {
     return c;
 }
 
+/* The tensor that follows another in the flat space: the one with the smallest offset from `end`; -1 for none. */
+static int checkpoint_next(const FoxTable *table, int64_t end) {
+    int next = -1;
+    for (int i = 0; i < table->count; i++) {
+        int64_t offset = table->tensors[i].offset;
+        next = offset >= end && (next < 0 || offset < table->tensors[next].offset) ? i : next;
+    }
+    return next;
+}
+
+/* The flat space: no gap but padding, vectors and embeddings before `matrices`, then matrices as the table has them. */
+static void checkpoint_check_places(Tests *t, const FoxTable *table) {
+    int64_t end = 0;
+    int seen = 0, last = -1;
+    for (int i; (i = checkpoint_next(table, end)) >= 0; seen++) {
+        const FoxTensor *s = &table->tensors[i];
+        check(t, s->offset % 16 == 0 && s->offset - end < 16, "%s: offset", s->name);
+        check(t, (s->offset < table->matrices) == (s->ndim == 1 || i == table->embeddings), "%s: in the wrong part", s->name);
+        check(t, s->offset < table->matrices || i > last, "%s: matrices out of order", s->name);
+        last = s->offset < table->matrices ? -1 : i;
+        end = s->offset + s->size;
+    }
+    check(t, seen == table->count && last == table->lm_head, "every tensor has a place, lm_head the last");
+    check(t, table->total % 16 == 0 && table->total >= end && table->total - end < 16, "total %" PRId64, table->total);
+}
+
 static void test_checkpoint_table(Tests *t, FilesRandom *r) {
     for (int round = 0; round < 50; round++) {
         FoxConfig c = files_config(r);
         FoxError err = {""};
         check(t, fox_config_check(&c, &err), "a random configuration: %s", err.text);
         FoxTable table = fox_table_create(&c);
-        int64_t end = 0, parameters = 0;
+        int64_t parameters = 0;
+        checkpoint_check_places(t, &table);
         for (int i = 0; i < table.count; i++) {
             const FoxTensor *s = &table.tensors[i];
-            check(t, s->offset % 16 == 0 && s->offset >= end && s->offset - end < 16, "%s: offset", s->name);
             check(t, s->size == s->shape[0] * s->shape[1] && s->decay == (s->ndim == 2), "%s: size or decay", s->name);
             check(t, fox_table_find(&table, s->name) == i, "%s: not found by its name", s->name);
-            end = s->offset + s->size;
             parameters += s->size;
         }
-        check(t,
-              table.total % 16 == 0 && table.total >= end && table.total - end < 16 && parameters == table.parameters,
-              "total %" PRId64, table.total);
+        check(t, parameters == table.parameters, "%" PRId64 " parameters", parameters);
         check(t, fox_table_find(&table, "model.layers.0.attn.q_proj") == -1, "a name that is not there");
         for (int layer = 0; layer < c.num_hidden_layers; layer++) {
             const FoxLayerIds *ids = &table.layers[layer];
@@ -146,8 +169,9 @@ static void test_checkpoint_init(Tests *t, FilesRandom *r) {
         check(t, k < 0 || memcmp(w, s + small.tensors[k].offset, sizeof(float) * (size_t)p->size) == 0,
               "%s depends on the rest of the model", p->name);
         used += p->size;
-        int64_t next = i + 1 < table.count ? table.tensors[i + 1].offset : table.total;
-        for (int64_t j = p->offset + p->size; j < next; j++, used++) {
+        int next = checkpoint_next(&table, p->offset + p->size);
+        int64_t end = next >= 0 ? table.tensors[next].offset : table.total;
+        for (int64_t j = p->offset + p->size; j < end; j++, used++) {
             check(t, a[j] == 0, "padding after %s is %g", p->name, (double)a[j]);
         }
     }

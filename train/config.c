@@ -124,11 +124,9 @@ static int add_tensor(FoxTable *table, const char *prefix, const char *name, Fox
     t->shape[0] = rows;
     t->shape[1] = cols > 0 ? cols : 1;
     t->size = t->shape[0] * t->shape[1];
-    t->offset = table->total;
     t->decay = t->ndim == 2;
     t->init = init;
     table->parameters += t->size;
-    table->total += (t->size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     return table->count++;
 }
 
@@ -138,6 +136,29 @@ static int add_matrix(FoxTable *table, const char *prefix, const char *name, int
 
 static int add_norm(FoxTable *table, const char *prefix, const char *name, int64_t length) {
     return add_tensor(table, prefix, name, FOX_INIT_ONES, length, 0);
+}
+
+static void place(FoxTable *table, int tensor) {
+    FoxTensor *t = &table->tensors[tensor];
+    t->offset = table->total;
+    table->total += (t->size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+/* Decides the offsets: vectors, embeddings, then the other matrices in the order of the table, lm_head last. */
+static void place_all(FoxTable *table) {
+    for (int i = 0; i < table->count; i++) {
+        if (table->tensors[i].ndim == 1) {
+            place(table, i);
+        }
+    }
+    table->decayed = table->total;
+    place(table, table->embeddings);
+    table->matrices = table->total;
+    for (int i = 0; i < table->count; i++) {
+        if (table->tensors[i].ndim == 2 && i != table->embeddings) {
+            place(table, i);
+        }
+    }
 }
 
 /* From q to fgate the rows multiply the same input and follow each other without padding, because each has a multiple
@@ -192,6 +213,7 @@ FoxTable fox_table_create(const FoxConfig *c) {
     }
     table.norm = add_norm(&table, "", "model.norm.weight", c->hidden_size);
     table.lm_head = add_matrix(&table, "", "lm_head.weight", c->vocab_size, c->hidden_size);
+    place_all(&table);
     return table;
 }
 

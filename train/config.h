@@ -3,9 +3,12 @@
  * The table is the one place that knows a parameter's name, shape, initialisation and weight decay. Allocation, the
  * optimizer, checkpoints, sharding and the tests all walk it; no parameter is known by a number.
  *
- * All parameters lie in one flat float32 space, tensor after tensor at `offset`. Inside a layer the rows that multiply
- * the same input (q, k, v, output gate, forget gate, both shift projections) are neighbours, so a back end may see them
- * as one packed matrix. Gradients and Adam's moments use the same offsets. */
+ * All parameters lie in one flat float32 space, tensor after tensor at `offset`, in three parts:
+ *     vectors of all layers, embeddings | matrices of layer 0, layer 1, ... | lm_head
+ * The first part, `matrices` floats, is what a forward pass reads in float32 whatever the precision of its products.
+ * Backward completes gradients from the end of the space towards its beginning. Inside a layer the rows that multiply the
+ * same input (q, k, v, output gate, both shift projections, forget gate) are neighbours, so a back end may see them as one
+ * packed matrix. Gradients and Adam's moments use the same offsets. */
 #ifndef FOX_CONFIG_H
 #define FOX_CONFIG_H
 
@@ -69,6 +72,8 @@ typedef struct FoxTable {
     FoxTensor *tensors;
     int64_t parameters; /* number of real parameters */
     int64_t total;      /* length of the flat space: parameters and the padding between tensors (always zero) */
+    int64_t decayed;    /* weight decay applies from here on: the vectors lie before it */
+    int64_t matrices;   /* where the matrices of layer 0 begin: the vectors and the embeddings lie before it */
     int embeddings, norm, lm_head;
     FoxLayerIds *layers; /* [L] */
 } FoxTable;
