@@ -70,7 +70,7 @@ typedef struct AcpSaved {
     float *lift;   /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
     int *first;    /* [BH, blocks], first key block of each query block */
     int *last;     /* [BH, blocks], last query block of each key block */
-    int *order[2]; /* [BH * blocks] each: row * blocks + query block, row * blocks + key block, the longest first */
+    int *order[2]; /* [BH * blocks] each, the longest first: row * tiles + tile of queries, row * blocks + key block */
 } AcpSaved;
 
 /* Shared by all layers; forward and backward use different parts at different times. */
@@ -546,34 +546,52 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
 
 /* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among
  * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order
- * within a level may differ from run to run; results do not depend on it. grid (2), for query blocks and key blocks;
- * 1024 threads. */
-static __global__ void acp_order_kernel(int tiles, int blocks, AcpSaved saved) {
+ * within a level may differ from run to run; results do not depend on it. `queries`: in a tile, a multiple of 64, which
+ * may begin in the middle of a block. */
+struct AcpOrder {
+    int T, blocks, BH, queries;
+    AcpSaved saved;
+
+    __host__ __device__ int tiles(bool of_keys) const {
+        return of_keys ? blocks : (T + queries - 1) / queries;
+    }
+    /* Blocks that tile i has to visit, less one. */
+    __device__ int length(bool of_keys, int i) const {
+        if (of_keys) {
+            return saved.last[i] - i % blocks;
+        }
+        int row = i / tiles(false), start = i % tiles(false) * queries;
+        return (min(T, start + queries) - 1) / ACP_BLOCK - saved.first[row * blocks + start / ACP_BLOCK];
+    }
+};
+
+/* grid (2), for tiles of queries and blocks of keys; 1024 threads */
+static __global__ void acp_order_kernel(AcpOrder o) {
     enum { LEVELS = 64 };
     __shared__ int place[LEVELS];
-    const int *edge = blockIdx.x == 0 ? saved.first : saved.last;
-    int *order = saved.order[blockIdx.x];
+    bool of_keys = blockIdx.x == 1;
+    int count = o.BH * o.tiles(of_keys);
     if (threadIdx.x < LEVELS) {
         place[threadIdx.x] = 0;
     }
     __syncthreads();
 #pragma unroll 4
-    for (int i = threadIdx.x; i < tiles; i += 1024) {
-        atomicAdd(&place[abs(i % blocks - edge[i]) * LEVELS / blocks], 1);
+    for (int i = threadIdx.x; i < count; i += 1024) {
+        atomicAdd(&place[o.length(of_keys, i) * LEVELS / o.blocks], 1);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         int start = 0;
         for (int level = LEVELS - 1; level >= 0; level--) {
-            int count = place[level];
+            int in_level = place[level];
             place[level] = start;
-            start += count;
+            start += in_level;
         }
     }
     __syncthreads();
 #pragma unroll 4
-    for (int i = threadIdx.x; i < tiles; i += 1024) {
-        order[atomicAdd(&place[abs(i % blocks - edge[i]) * LEVELS / blocks], 1)] = i;
+    for (int i = threadIdx.x; i < count; i += 1024) {
+        o.saved.order[of_keys][atomicAdd(&place[o.length(of_keys, i) * LEVELS / o.blocks], 1)] = i;
     }
 }
 
@@ -995,31 +1013,88 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Launchers */
+/* The same on Hopper, and launchers */
+
+#include "cuda/hopper_forward.cuh"
+
+#include "cuda/hopper_backward.cuh"
 
 template <typename Args>
-static void acp_launch(void (*kernel)(Args), int blocks, int threads, size_t shared, const Args &args,
+static void acp_launch(void (*kernel)(const Args), int blocks, int threads, size_t shared, const Args &args,
                        cudaStream_t stream) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     kernel<<<blocks, threads, shared, stream>>>(args);
     CUDA_CHECK_LAUNCH();
 }
 
-/* The one place where a forward kernel is chosen. */
-template <int D>
-static void acp_run_forward(const AcpForward &args, int BH, cudaStream_t stream) {
-    acp_launch(acp_forward_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), args, stream);
+/* Whether the Hopper kernels can be used: the chip is one, and the program has its code for it. */
+static bool acp_on_hopper(const AcpShape *shape) {
+    cudaFuncAttributes kernel;
+    CUDA_CHECK(cudaFuncGetAttributes(&kernel, hopper_dq_kernel<64>));
+    return !shape->portable && kernel.ptxVersion >= 90; /* 80: compiled by the driver, without Hopper's instructions */
 }
 
-/* The one place where backward kernels are chosen: dq, dk, dv and work.dc. */
+/* The order of thread blocks for the kernels that follow. */
+static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, int BH, int queries, cudaStream_t stream) {
+    AcpOrder order = {in.T, in.blocks, BH, queries, saved};
+    acp_order_kernel<<<2, 1024, 0, stream>>>(order);
+    CUDA_CHECK_LAUNCH();
+}
+
+/* The one place where a forward kernel is chosen. */
 template <int D>
-static void acp_run_backward(const AcpBackward &args, int BH, cudaStream_t stream) {
-    int64_t rows = (int64_t)BH * args.in.blocks * ACP_BLOCK, per_block = 256 / (D / 8);
+static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaStream_t stream) {
+    int BH = shape->B * shape->H;
+    if (!acp_on_hopper(shape)) {
+        acp_run_order(args.in, args.saved, BH, ACP_BLOCK, stream);
+        acp_launch(acp_forward_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), args, stream);
+        return;
+    }
+    using Traits = HopperForward<D>;
+    acp_run_order(args.in, args.saved, BH, Traits::QUERIES, stream);
+    HopperForwardArgs hopper = hopper_forward_args<D>(shape, args);
+    acp_launch(hopper_forward_kernel<D>, BH * hopper.tiles, Traits::THREADS, sizeof(HopperForwardShared<D>), hopper,
+               stream);
+}
+
+/* The one place where backward kernels are chosen: dq, and delta corrected; then dk, dv and work.dc. */
+template <int D>
+static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
+    int tiles = shape->B * shape->H * args.in.blocks;
+    if (!acp_on_hopper(shape)) {
+        acp_launch(acp_dq_kernel<D>, tiles, 128, sizeof(AcpDqShared<D>), args, stream);
+        return;
+    }
+    if (HopperForward<D>::QUERIES != ACP_BLOCK) {
+        acp_run_order(args.in, args.saved, shape->B * shape->H, ACP_BLOCK, stream);
+    }
+    acp_launch(hopper_dq_kernel<D>, tiles, HopperDq<D>::THREADS, sizeof(HopperDqShared<D>),
+               hopper_backward_args<D>(shape, args), stream);
+}
+
+template <int D>
+static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
+    int tiles = shape->B * shape->H * args.in.blocks;
+    if (!acp_on_hopper(shape)) {
+        acp_launch(acp_dkdv_kernel<D>, tiles, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args, stream);
+        return;
+    }
+    acp_launch(hopper_dkdv_kernel<D>, tiles, HopperDkdv<D>::THREADS, sizeof(HopperDkdvShared<D>),
+               hopper_backward_args<D>(shape, args), stream);
+}
+
+template <int D>
+static void acp_run_stats(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
+    int64_t rows = (int64_t)shape->B * shape->H * args.in.blocks * ACP_BLOCK, per_block = 256 / (D / 8);
     acp_stats_kernel<D><<<(unsigned)((rows + per_block - 1) / per_block), 256, 0, stream>>>(args, rows);
     CUDA_CHECK_LAUNCH();
-    acp_launch(acp_dq_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpDqShared<D>), args, stream);
-    acp_launch(acp_dkdv_kernel<D>, BH * args.in.blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args,
-               stream);
+}
+
+template <int D>
+static void acp_run_backward(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
+    acp_run_stats<D>(shape, args, stream);
+    acp_run_dq<D>(shape, args, stream);
+    acp_run_dkdv<D>(shape, args, stream);
 }
 
 template <bool BACKWARD>
@@ -1049,8 +1124,6 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
         CUDA_CHECK_LAUNCH();
     }
     acp_ranges_kernel<<<BH, 256, 0, stream>>>(ranges, saved, work);
-    CUDA_CHECK_LAUNCH();
-    acp_order_kernel<<<2, 1024, 0, stream>>>(BH * in.blocks, in.blocks, saved);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -1107,10 +1180,10 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     acp_run_scan<false>(scan, BH, stream);
     if (shape->D == 64) {
         acp_find_ranges<64>(shape, in, saved, work, ranges, stream);
-        acp_run_forward<64>(args, BH, stream);
+        acp_run_forward<64>(shape, args, stream);
     } else {
         acp_find_ranges<128>(shape, in, saved, work, ranges, stream);
-        acp_run_forward<128>(args, BH, stream);
+        acp_run_forward<128>(shape, args, stream);
     }
 }
 
@@ -1127,9 +1200,9 @@ extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk
     AcpBackward args = {in, saved, work, dout, o, lse, dq, dk, dv};
     AcpScan scan = {in.T, in.blocks, NULL, work.dc, work.chunk_sums, saved, dlog_f};
     if (shape->D == 64) {
-        acp_run_backward<64>(args, BH, stream);
+        acp_run_backward<64>(shape, args, stream);
     } else {
-        acp_run_backward<128>(args, BH, stream);
+        acp_run_backward<128>(shape, args, stream);
     }
     acp_run_scan<true>(scan, BH, stream);
 }

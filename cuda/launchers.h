@@ -132,6 +132,7 @@ typedef struct AcpShape {
     AcpMode mode;
     double log_tolerance;
     bool shared_norm; /* q_norm and k_norm have length D */
+    bool portable;    /* the kernels for every chip, also where there are faster ones */
 } AcpShape;
 
 /* Blocks of attention of each head since they were last zeroed, unsigned 64-bit [H] each. */

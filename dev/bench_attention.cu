@@ -3,6 +3,7 @@
  *
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o bench_attention dev/bench_attention.cu
  *   ./bench_attention            all shapes; ./bench_attention 16384 only that context; --kernels: each kernel's share
+ *   ./bench_attention --portable   the kernels for every chip
  *   ./bench_attention --gates FILE    a trained model, log f as float32 [layers, 12, 16384]; D = 64, sum of layers
  *
  * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention
@@ -69,7 +70,7 @@ static Type *bench_alloc(int64_t count) {
 
 static Buffers bench_buffers(const Shape *s) {
     int64_t rows = (int64_t)s->B * s->T * s->H, N = rows * s->D;
-    AcpShape shape = {s->B, s->T, s->H, s->D, ACP_OFF, -10, false};
+    AcpShape shape = {s->B, s->T, s->H, s->D, ACP_OFF, -10, false, false};
     Buffers b;
     bf16 **tensors[] = {&b.q, &b.k, &b.v, &b.dout, &b.o, &b.dq, &b.dk, &b.dv};
     for (int i = 0; i < 8; i++) {
@@ -131,7 +132,7 @@ template <int D>
 static void bench_kernels(const AcpShape *shape, const Buffers *b) {
     int64_t bytes;
     int BH = shape->B * shape->H, T = shape->T, blocks = acp_num_blocks(shape);
-    int64_t stride = (int64_t)shape->H * D, rows = (int64_t)BH * blocks * ACP_BLOCK;
+    int64_t stride = (int64_t)shape->H * D;
     AcpSaved saved = acp_saved(shape, b->saved, &bytes);
     AcpWork work = acp_work(shape, b->work, &bytes);
     AcpInputs in = {b->q, b->k, b->v, stride, T, shape->H, blocks};
@@ -142,19 +143,17 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b) {
     float ms[7];
     ms[0] = bench_time([&] { acp_run_scan<false>(scan, BH, 0); });
     ms[1] = bench_time([&] { acp_find_ranges<D>(shape, in, saved, work, ranges, 0); });
-    ms[2] = bench_time([&] { acp_run_forward<D>(forward, BH, 0); });
-    ms[3] = bench_time([&] { acp_stats_kernel<D><<<(unsigned)(rows / (2048 / D)), 256>>>(backward, rows); });
-    ms[4] = bench_time([&] { acp_launch(acp_dq_kernel<D>, BH * blocks, 128, sizeof(AcpDqShared<D>), backward, 0); });
-    ms[5] = bench_time([&] {
-        acp_launch(acp_dkdv_kernel<D>, BH * blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), backward, 0);
-    });
+    ms[2] = bench_time([&] { acp_run_forward<D>(shape, forward, 0); });
+    ms[3] = bench_time([&] { acp_run_stats<D>(shape, backward, 0); });
+    ms[4] = bench_time([&] { acp_run_dq<D>(shape, backward, 0); });
+    ms[5] = bench_time([&] { acp_run_dkdv<D>(shape, backward, 0); });
     ms[6] = bench_time([&] { acp_run_scan<true>(scan, BH, 0); });
     printf("    scan %.3f  ranges %.3f  forward %.3f | stats %.3f  dq %.3f  dkdv %.3f  scan %.3f\n", ms[0], ms[1],
            ms[2], ms[3], ms[4], ms[5], ms[6]);
 }
 
 /* Forward and backward of every layer of a trained model's gates. */
-static bool bench_gates(const char *path) {
+static bool bench_gates(const char *path, bool portable) {
     static const char *const modes[] = {"off", "paper", "tight"};
     Shape s = {1, 16384, 12, 64};
     int64_t count = (int64_t)s.T * s.H, stride = s.H * s.D;
@@ -166,7 +165,7 @@ static bool bench_gates(const char *path) {
     }
     Buffers b = bench_buffers(&s);
     for (int mode = 0; mode < 3; mode++) {
-        AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, false};
+        AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, false, portable};
         float forward = 0, backward = 0;
         int layers = 0;
         rewind(f);
@@ -190,13 +189,13 @@ static bool bench_gates(const char *path) {
     return true;
 }
 
-static void bench_shape(const Shape *s, bool kernels) {
+static void bench_shape(const Shape *s, bool kernels, bool portable) {
     static const char *const modes[] = {"off", "paper", "tight"};
     Buffers b = bench_buffers(s);
     double flops = 2.0 * s->B * s->H * (double)s->T * s->T * s->D;
     int64_t stride = (int64_t)s->H * s->D;
     for (int mode = 0; mode < 3; mode++) {
-        AcpShape shape = {s->B, s->T, s->H, s->D, (AcpMode)mode, -10, false};
+        AcpShape shape = {s->B, s->T, s->H, s->D, (AcpMode)mode, -10, false, portable};
         auto forward = [&](AcpCounts *counts) {
             acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, counts, b.q, b.k, b.v, stride, b.log_f, b.ones,
                                   b.ones, 0);
@@ -233,21 +232,23 @@ static void bench_shape(const Shape *s, bool kernels) {
 int main(int argc, char **argv) {
     static const Shape shapes[] = {{4, 4096, 24, 64},  {2, 8192, 24, 64},  {1, 16384, 24, 64},
                                    {1, 32768, 24, 64}, {1, 65536, 24, 64}, {1, 16384, 12, 128}};
-    bool kernels = false;
+    bool kernels = false, portable = false;
     int only = 0;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--kernels") == 0) {
             kernels = true;
+        } else if (strcmp(argv[i], "--portable") == 0) {
+            portable = true;
         } else if (strcmp(argv[i], "--gates") == 0 && i + 1 < argc) {
-            return bench_gates(argv[i + 1]) ? 0 : 1;
+            return bench_gates(argv[i + 1], portable) ? 0 : 1;
         } else if ((only = atoi(argv[i])) <= 0) {
-            fprintf(stderr, "bench_attention: usage: bench_attention [--kernels] [CONTEXT] | --gates FILE\n");
+            fprintf(stderr, "bench_attention: usage: bench_attention [--portable] [--kernels] [CONTEXT] | --gates FILE\n");
             return 1;
         }
     }
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         if (only == 0 || shapes[i].T == only) {
-            bench_shape(&shapes[i], kernels);
+            bench_shape(&shapes[i], kernels, portable);
         }
     }
     return 0;

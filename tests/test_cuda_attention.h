@@ -244,9 +244,9 @@ static void attention_free_inputs(AttentionCase *a) {
 static void attention_name(const AttentionCase *a, char *name, size_t size) {
     static const char *const modes[] = {"off", "paper", "tight"};
     static const char *const gates[] = {"strong", "weak", "mixed", "reset", "spread", "half"};
-    snprintf(name, size, "attention B %d T %d H %d D %d, acp %s, gates %s%s%s", a->shape.B, a->shape.T, a->shape.H,
+    snprintf(name, size, "attention B %d T %d H %d D %d, acp %s, gates %s%s%s%s", a->shape.B, a->shape.T, a->shape.H,
              a->shape.D, modes[a->shape.mode], gates[a->gates], a->norms ? "" : ", measured bound",
-             a->packed ? ", packed" : "");
+             a->packed ? ", packed" : "", a->shape.portable ? ", portable" : "");
 }
 
 /* ||a - ref|| / ||ref||, with `unit` an element as the smallest norm: at T = 1 the gradients of q and k are zero. */
@@ -403,6 +403,7 @@ static AttentionCase attention_case_of(int B, int T, int H, int D, AcpMode mode,
     a.norms = seed % 3 != 0;
     a.packed = seed % 2 == 0;
     a.shape.shared_norm = seed % 5 == 0;
+    a.shape.portable = seed % 7 == 1 || seed % 7 == 2;
     return a;
 }
 
@@ -483,7 +484,7 @@ static void test_attention_long(Tests *t) {
     int T = t->quick ? 8192 : 65536, rows = 60;
     for (int kind = 0; kind < 2; kind++) {
         AttentionCase a =
-            attention_case_of(1, T, 2, kind == 0 ? 64 : 128, kind == 0 ? ACP_OFF : ACP_TIGHT, kinds[kind], 7);
+            attention_case_of(1, T, 2, kind == 0 ? 64 : 128, kind == 0 ? ACP_OFF : ACP_TIGHT, kinds[kind], 14);
         int D = a.shape.D, H = a.shape.H;
         char name[200];
         attention_name(&a, name, sizeof name);

@@ -1,0 +1,272 @@
+/* Forgetting attention on Hopper: the forward pass of acp_attention.cuh on wgmma and TMA. Included there.
+ *
+ * A thread block takes one tile of queries: one warpgroup copies (the producer), the others compute, 64 queries each.
+ *
+ *     producer     Q;  then, from the diagonal leftwards to the pruned edge, K (with its lift) and V of each key block
+ *     warpgroups   S = Q K^T of block n;  O += P V of block n + 1, while P of block n is made;  ...  O / sum, lse
+ *
+ * Products of block n are issued before the exponentials that they do not need (of n, for block n + 1's P), and the warpgroups
+ * issue in turn, so that one's exponentials run under another's products. Every warpgroup has the range of its own block of
+ * queries: tiles need not be aligned to the blocks of pruning, and exactly the pairs of the ranges are computed. */
+#ifndef FOX_HOPPER_FORWARD_CUH
+#define FOX_HOPPER_FORWARD_CUH
+
+#include "hopper.cuh"
+
+template <int D>
+struct HopperForward {
+    static constexpr int WARPGROUPS = D == 64 ? 3 : 2; /* that compute */
+    static constexpr int QUERIES = 64 * WARPGROUPS, STAGES = D == 64 ? 4 : 2;
+    static constexpr int THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP;
+    /* of a computing thread and of a copying one: together what all threads have at the start */
+    static constexpr int REGISTERS = D == 64 ? 160 : 240, COPY_REGISTERS = D == 64 ? 32 : 24;
+    static constexpr int Q_PANEL = QUERIES * 128, K_PANEL = ACP_BLOCK * 128;
+};
+
+template <int D>
+struct alignas(1024) HopperForwardShared {
+    using Traits = HopperForward<D>;
+    unsigned char q[Traits::QUERIES * D * 2]; /* then O */
+    unsigned char k[Traits::STAGES][ACP_BLOCK * D * 2], v[Traits::STAGES][ACP_BLOCK * D * 2];
+    float lift[Traits::STAGES][ACP_BLOCK];
+    uint64_t q_full, k_full[Traits::STAGES], k_empty[Traits::STAGES], v_full[Traits::STAGES], v_empty[Traits::STAGES];
+};
+
+struct HopperForwardArgs {
+    CUtensorMap q, k, v, o;
+    AcpForward p;
+    int tiles; /* of one row */
+};
+
+template <int D>
+static inline HopperForwardArgs hopper_forward_args(const AcpShape *shape, const AcpForward &p) {
+    int B = shape->B, T = shape->T, H = shape->H;
+    return {hopper_tensor_map(p.in.q, B, T, H, D, p.in.stride),
+            hopper_tensor_map(p.in.k, B, T, H, D, p.in.stride),
+            hopper_tensor_map(p.in.v, B, T, H, D, p.in.stride),
+            hopper_tensor_map(p.o, B, T, H, D, (int64_t)H * D),
+            p,
+            (T + HopperForward<D>::QUERIES - 1) / HopperForward<D>::QUERIES};
+}
+
+/* Barrier ids: one for the turn of each warpgroup, one for its own threads. */
+enum { HOPPER_TURN = 1, HOPPER_OWN = 4 };
+
+/* P = exp2(t + offset), in place; adds to the row sums. */
+template <int N>
+static __device__ __forceinline__ void hopper_weights(float (&s)[N], const float offset[2], float sum[2]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        s[i] = acp_exp2(s[i] + offset[0]);
+        s[i + 1] = acp_exp2(s[i + 1] + offset[0]);
+        s[i + 2] = acp_exp2(s[i + 2] + offset[1]);
+        s[i + 3] = acp_exp2(s[i + 3] + offset[1]);
+        sum[0] += s[i] + s[i + 1];
+        sum[1] += s[i + 2] + s[i + 3];
+    }
+}
+
+template <int N>
+static __device__ __forceinline__ void hopper_pack(uint32_t (&p)[N / 2], const float (&s)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        p[i / 2] = acp_pack(s[i], s[i + 1]);
+    }
+}
+
+/* Logits become t = s scale + lift_j, in units of log 2; masked where the key is after the query; high: of both rows, over the
+ * lanes that share them. */
+template <bool MASKED, int N>
+static __device__ __forceinline__ void hopper_decay(float (&s)[N], const float *lift, float scale, int row, int column, float high[2]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        float2 key = *reinterpret_cast<const float2 *>(lift + i * 2);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            s[i + e] = fmaf(s[i + e], scale, e % 2 ? key.y : key.x);
+            if (MASKED && column + i * 2 + e % 2 > row + e / 2 * 8) {
+                s[i + e] = -INFINITY;
+            }
+            high[e / 2] = fmaxf(high[e / 2], s[i + e]);
+        }
+    }
+    high[0] = acp_quad_max(high[0]);
+    high[1] = acp_quad_max(high[1]);
+}
+
+template <int D>
+static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
+    hopper_forward_kernel(const __grid_constant__ HopperForwardArgs args) {
+#if HOPPER_CODE
+    using Traits = HopperForward<D>;
+    constexpr int WARPGROUPS = Traits::WARPGROUPS, STAGES = Traits::STAGES, TILE = ACP_BLOCK * D * 2;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    HopperForwardShared<D> &shared = *reinterpret_cast<HopperForwardShared<D> *>(memory);
+    const AcpInputs &in = args.p.in;
+    const AcpSaved &saved = args.p.saved;
+    int place = saved.order[0][blockIdx.x], q0 = place % args.tiles * Traits::QUERIES, bh = place / args.tiles;
+    int b = bh / in.H, h = bh % in.H;
+    const int *first = saved.first + (int64_t)bh * in.blocks;
+    int begin = first[q0 / ACP_BLOCK], end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK;
+    if (threadIdx.x == 0) {
+        hopper_barrier_init(&shared.q_full, 1);
+        for (int s = 0; s < STAGES; s++) {
+            hopper_barrier_init(&shared.k_full[s], 1);
+            hopper_barrier_init(&shared.v_full[s], 1);
+            hopper_barrier_init(&shared.k_empty[s], 4 * WARPGROUPS);
+            hopper_barrier_init(&shared.v_empty[s], 4 * WARPGROUPS);
+        }
+        hopper_barriers_ready();
+    }
+    __syncthreads();
+
+    int group = threadIdx.x / HOPPER_WARPGROUP;
+    if (group == WARPGROUPS) {
+        hopper_fewer_registers<Traits::COPY_REGISTERS>();
+        if (threadIdx.x % HOPPER_WARPGROUP == 0) {
+            const float *lift = saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
+            hopper_arrive_bytes(&shared.q_full, sizeof shared.q);
+            hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
+            for (int n = end; n >= begin; n--) {
+                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2 ^ 1;
+                hopper_wait(&shared.k_empty[stage], parity);
+                hopper_arrive_bytes(&shared.k_full[stage], TILE + (int)sizeof shared.lift[0]);
+                hopper_load_tile<D, ACP_BLOCK>(shared.k[stage], args.k, b, h, n * ACP_BLOCK, &shared.k_full[stage]);
+                hopper_load_bytes(shared.lift[stage], lift + n * ACP_BLOCK, sizeof shared.lift[0], &shared.k_full[stage]);
+                hopper_wait(&shared.v_empty[stage], parity);
+                hopper_arrive_bytes(&shared.v_full[stage], TILE);
+                hopper_load_tile<D, ACP_BLOCK>(shared.v[stage], args.v, b, h, n * ACP_BLOCK, &shared.v_full[stage]);
+            }
+        }
+    } else {
+        hopper_more_registers<Traits::REGISTERS>();
+        const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
+        const double *base = saved.base + (int64_t)bh * in.blocks;
+        int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32, warp = thread / 32;
+        int row0 = q0 + group * 64, row = row0 + warp * 16 + lane / 4, block = row0 / ACP_BLOCK;
+        /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
+        bool inside = row0 < in.T;
+        int top = inside ? block : begin - 1, bottom = inside ? first[block] : begin;
+        const double own_base = inside ? base[block] : 0.0;
+        auto take_turn = [&] { hopper_sync(HOPPER_TURN + group, 2 * HOPPER_WARPGROUP); };
+        auto pass_turn = [&] { hopper_pass(HOPPER_TURN + (group + 1) % WARPGROUPS, 2 * HOPPER_WARPGROUP); };
+        auto release = [&](uint64_t *empty) {
+            __syncwarp();
+            if (lane == 0) {
+                hopper_arrive(empty);
+            }
+        };
+        auto skip = [&](int n) {
+            int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
+            take_turn();
+            pass_turn();
+            hopper_wait(&shared.k_full[stage], parity);
+            release(&shared.k_empty[stage]);
+            hopper_wait(&shared.v_full[stage], parity);
+            release(&shared.v_empty[stage]);
+        };
+        uint32_t q = hopper_shared(shared.q) + group * 64 * 128, k = hopper_shared(shared.k), v = hopper_shared(shared.v);
+        if (group == WARPGROUPS - 1) {
+            pass_turn(); /* the first turn is the first warpgroup's */
+        }
+        hopper_wait(&shared.q_full, 0);
+        int n = end;
+        for (; n > top; n--) {
+            skip(n);
+        }
+        if (inside) {
+            float s[64], o[D / 2], high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+            uint32_t p[32];
+            { /* the block on the diagonal */
+                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
+                hopper_wait(&shared.k_full[stage], parity);
+                take_turn();
+                hopper_products_begin();
+                hopper_product_abt<D>(s, q, Traits::Q_PANEL, k + stage * TILE, Traits::K_PANEL);
+                hopper_products_commit();
+                pass_turn();
+                hopper_products_wait<0>();
+                hopper_hold(s);
+                hopper_decay<true>(s, shared.lift[stage] + lane % 4 * 2, scale, row, n * ACP_BLOCK + lane % 4 * 2, high);
+                release(&shared.k_empty[stage]);
+                float offset[2] = {-high[0], -high[1]};
+                hopper_weights(s, offset, sum);
+                hopper_pack(p, s);
+            }
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) {
+                o[i] = 0;
+            }
+            for (n--; n >= bottom; n--) {
+                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
+                int v_stage = (end - n - 1) % STAGES, v_parity = (end - n - 1) / STAGES % 2;
+                float shift = (float)(own_base - base[n]);
+                hopper_wait(&shared.k_full[stage], parity);
+                take_turn();
+                hopper_hold(o);
+                hopper_hold(p);
+                hopper_products_begin();
+                hopper_product_abt<D>(s, q, Traits::Q_PANEL, k + stage * TILE, Traits::K_PANEL);
+                hopper_products_commit();
+                hopper_wait(&shared.v_full[v_stage], v_parity);
+                hopper_products_begin();
+                hopper_product_ab<ACP_BLOCK>(o, p, v + v_stage * TILE, Traits::K_PANEL, true);
+                hopper_products_commit();
+                pass_turn();
+                hopper_products_wait<1>();
+                hopper_hold(s);
+                float reach[2] = {-INFINITY, -INFINITY};
+                hopper_decay<false>(s, shared.lift[stage] + lane % 4 * 2, scale, 0, 0, reach);
+                release(&shared.k_empty[stage]);
+                float offset[2], fade[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float raised = fmaxf(high[i], reach[i] + shift);
+                    fade[i] = acp_exp2(high[i] - raised);
+                    high[i] = raised;
+                    offset[i] = shift - raised;
+                    sum[i] *= fade[i];
+                }
+                hopper_weights(s, offset, sum);
+                hopper_products_wait<0>();
+                hopper_hold(o);
+                hopper_hold(p);
+                release(&shared.v_empty[v_stage]);
+#pragma unroll
+                for (int i = 0; i < D / 2; i++) {
+                    o[i] *= fade[i / 2 % 2];
+                }
+                hopper_pack(p, s);
+            }
+            int v_stage = (end - n - 1) % STAGES, v_parity = (end - n - 1) / STAGES % 2;
+            hopper_wait(&shared.v_full[v_stage], v_parity);
+            hopper_hold(o);
+            hopper_hold(p);
+            hopper_products_begin();
+            hopper_product_ab<ACP_BLOCK>(o, p, v + v_stage * TILE, Traits::K_PANEL, true);
+            hopper_products_commit();
+            hopper_products_wait<0>();
+            hopper_hold(o);
+            release(&shared.v_empty[v_stage]);
+
+            const float *lift = saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float total = acp_quad_sum(sum[i]);
+                int t = row + i * 8;
+                if (lane % 4 == 0 && t < in.T) {
+                    args.p.lse[(int64_t)bh * in.T + t] = (float)ACP_LN2 * ((high[i] - lift[t]) + log2f(total));
+                }
+                sum[i] = 1.0f / total;
+            }
+            hopper_store_rows<D>(o, sum, shared.q + group * 64 * 128, Traits::Q_PANEL, args.o, b, h, row0,
+                                 HOPPER_OWN + group);
+        }
+        for (; n >= begin; n--) {
+            skip(n);
+        }
+    }
+#endif
+}
+
+#endif
