@@ -410,7 +410,7 @@ static TrainState files_state(FilesRandom *r, int64_t step) {
     return s;
 }
 
-static const Ranks files_alone = {0, 1, 0, 1};
+static const Ranks files_alone = RANKS_ALONE;
 
 /* Saves and dies when that fails: for tests of something else. */
 static void files_save(const char *dir, Backend *b, FilesRandom *r, int64_t step) {

@@ -9,7 +9,7 @@
 #include "test_layers.h"
 
 static bool open_both(Tests *t, const BackendSpec *spec, Backend *cpu_side, Backend *gpu_side, uint64_t seed) {
-    static const Ranks alone = {0, 1, 0, 1};
+    static const Ranks alone = RANKS_ALONE;
     FoxError err = {{0}};
     bool ok = backend_cpu_open(cpu_side, spec, &alone, &err) && cpu_side->allocate(cpu_side, &err);
     if (!check(t, ok, "%s", err.text)) {
@@ -222,7 +222,7 @@ static void compare_decoding(Tests *t) {
 static void compare_fixture(Tests *t, const char *name, const Json *cases) {
     char path[1100];
     snprintf(path, sizeof path, "%s/fixtures/%s.safetensors", t->data, name);
-    static const Ranks alone = {0, 1, 0, 1};
+    static const Ranks alone = RANKS_ALONE;
     const Json *official = json_get(json_get(cases, name), "largest"), *allowed = json_get(official, "gradients");
     Fixture f;
     Backend b;

@@ -112,7 +112,7 @@ static void fixture_compare(Tests *t, const char *name, Backend *b, const Fixtur
 static void test_fixture_file(Tests *t, const char *path) {
     FoxError err = {{0}};
     Fixture f;
-    static const Ranks alone = {0, 1, 0, 1};
+    static const Ranks alone = RANKS_ALONE;
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     if (!check(t, fixture_open(path, &f, &err), "%s", err.text)) {
         return;

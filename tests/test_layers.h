@@ -425,7 +425,7 @@ static void test_backend(Tests *t) {
     BackendSpec spec;
     Backend b;
     FoxError err = {{0}};
-    Ranks ranks = {0, 1, 0, 1};
+    Ranks ranks = RANKS_ALONE;
     memset(&spec, 0, sizeof spec);
     spec.config = pro_config(53, 32, 1, 2);
     spec.B = 2;

@@ -128,7 +128,7 @@ static bool run_make_model(RunFixture *f, FoxError *err) {
     spec.config.intermediate_size = 48;
     spec.B = 1;
     spec.T = 1;
-    Ranks ranks = {0, 1, 0, 1};
+    Ranks ranks = RANKS_ALONE;
     Backend backend;
     if (!backend_cpu_open(&backend, &spec, &ranks, err) || !backend.allocate(&backend, err)) {
         return false;

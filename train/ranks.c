@@ -1,167 +1,379 @@
-/* Ranks: MPI when it is built in and a launcher started us, one rank otherwise.
- *
- * MPI is started only under a launcher. Alone, the program must not depend on a working MPI installation, and starts
- * faster. MPI itself remembers whether it runs (MPI_Initialized), so nothing is kept here. */
 #include "ranks.h"
 
-#ifdef FOX_MPI
-#include <mpi.h>
-#endif
+#include "launch.h"
+#include "sockets.h"
+#include "watch.h"
 
-/* The number of processes a launcher says it started: Open MPI's mpirun, Hydra and PMI-2, Slurm's srun. 1: none. */
-static int launched_size(const char **variable) {
-    const char *names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const char *value = getenv(names[i]);
-        if (value != NULL && atoi(value) > 1) {
-            *variable = names[i];
-            return atoi(value);
+#include <limits.h>
+#include <signal.h>
+#include <unistd.h>
+
+#define MEETING_SECONDS 50 /* in which all ranks must have come */
+#define GREETING_SECONDS 5 /* in which who connects must say who he is */
+#define HOST_SIZE 64
+#define SLICE 262144 /* bytes that rank 0 receives before it adds them */
+
+typedef struct RanksLinks {
+    int *data;             /* rank 0: a socket to every rank (its own -1); elsewhere [0] is the one to rank 0 */
+    char (*hosts)[HOST_SIZE]; /* [size] */
+    Watch *watch;
+} RanksLinks;
+
+/* ---- the meeting */
+
+#define GREETING_MAGIC 0x666f782072616e6bu /* "fox rank" */
+enum { DATA, CONTROL, CONNECTIONS };
+
+/* The first bytes on a connection to rank 0. */
+typedef struct Greeting {
+    uint64_t magic, cookie;
+    int32_t rank, size, connection;
+    char host[HOST_SIZE];
+    uint64_t machine; /* ranks of one machine have the same */
+} Greeting;
+
+/* The machine, as far as containers on it look alike: its boot and the host's name. */
+static uint64_t machine_id(const char *host) {
+    char boot[64] = "";
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "r");
+    if (file != NULL) {
+        if (fgets(boot, sizeof boot, file) == NULL) {
+            boot[0] = '\0';
         }
+        fclose(file);
     }
-    return 1;
+    return fox_hash(fox_hash(0, boot, strlen(boot)), host, strlen(host));
 }
 
-#ifdef FOX_MPI
-
-/* One message of the sums holds at most this many floats from each rank: bounds the scratch memory, and keeps MPI's
- * int counts far from their end. */
-#define SUM_SLICE (1 << 20)
-
-static bool launched(void) {
-    const char *variable;
-    return getenv("OMPI_COMM_WORLD_SIZE") != NULL || getenv("PMIX_RANK") != NULL || getenv("PMI_RANK") != NULL ||
-           launched_size(&variable) > 1;
+static Greeting greeting_of(const Launch *launch) {
+    Greeting g;
+    memset(&g, 0, sizeof g);
+    g.magic = GREETING_MAGIC;
+    g.cookie = launch->cookie;
+    g.rank = launch->rank;
+    g.size = launch->size;
+    if (gethostname(g.host, sizeof g.host - 1) != 0 || g.host[0] == '\0') {
+        snprintf(g.host, sizeof g.host, "%s", "unknown host");
+    }
+    g.machine = machine_id(g.host);
+    return g;
 }
 
-static bool mpi_runs(void) {
-    int initialized = 0, finalized = 0;
-    MPI_Initialized(&initialized);
-    MPI_Finalized(&finalized);
-    return initialized && !finalized;
-}
-
-bool ranks_init(Ranks *ranks, int *argc, char ***argv, FoxError *err) {
-    ranks->rank = ranks->local_rank = 0;
-    ranks->size = ranks->local_size = 1;
-    if (!launched()) {
-        return true;
-    }
-    int provided;
-    if (MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) {
-        return fox_fail(err, "MPI does not start; does mpirun belong to the MPI this program was built with?");
-    }
-    MPI_Comm machine;
-    MPI_Comm_rank(MPI_COMM_WORLD, &ranks->rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks->size);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, ranks->rank, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &ranks->local_rank);
-    MPI_Comm_size(machine, &ranks->local_size);
-    MPI_Comm_free(&machine);
-    const char *variable = "";
-    int expected = launched_size(&variable);
-    if (ranks->size == 1 && expected > 1) {
-        return fox_fail(
-            err,
-            "%s says that %d processes were started, but MPI sees one; start them with the mpirun of the MPI "
-            "this program was built with (srun: --mpi=pmix)",
-            variable, expected);
+/* Rank 0: takes the connections of all others, [CONNECTIONS][size], and their greetings. Strangers are turned away. */
+static bool receive_all(const Launch *launch, int *sockets[CONNECTIONS], Greeting *greetings, FoxError *err) {
+    double deadline = fox_now() + MEETING_SECONDS;
+    int size = launch->size;
+    for (int missing = CONNECTIONS * (size - 1); missing > 0;) {
+        Greeting g;
+        int fd = socket_accept(launch->listener, deadline);
+        if (fd < 0) {
+            int first = 1;
+            while (sockets[DATA][first] >= 0 && sockets[CONTROL][first] >= 0) {
+                first++;
+            }
+            return fox_fail(err, "rank %d of %d did not come within %d s, nor did %d more connections; did it start?", first, size,
+                            MEETING_SECONDS, missing - 1);
+        }
+        socket_limit(fd, GREETING_SECONDS);
+        bool known = socket_receive(fd, &g, sizeof g) && g.magic == GREETING_MAGIC && g.cookie == launch->cookie;
+        if (!known) {
+            close(fd);
+            continue;
+        }
+        if (g.size != size || g.rank < 1 || g.rank >= size || g.connection < 0 || g.connection >= CONNECTIONS ||
+            sockets[g.connection][g.rank] >= 0) {
+            close(fd);
+            return fox_fail(err, "a process came as rank %d of %d: expected each of the ranks 1 to %d once", g.rank, g.size, size - 1);
+        }
+        socket_limit(fd, 0);
+        g.host[HOST_SIZE - 1] = '\0';
+        sockets[g.connection][g.rank] = fd;
+        greetings[g.rank] = g;
+        missing--;
     }
     return true;
 }
 
+/* The others: both connections to rank 0. */
+static bool connect_both(const Launch *launch, Greeting g, int *sockets[CONNECTIONS], FoxError *err) {
+    double deadline = fox_now() + MEETING_SECONDS;
+    for (g.connection = 0; g.connection < CONNECTIONS; g.connection++) {
+        int fd = socket_connect(launch->address, launch->port, deadline, err);
+        if (fd < 0) {
+            return false;
+        }
+        sockets[g.connection][0] = fd;
+        if (!socket_send(fd, &g, sizeof g)) {
+            return fox_fail(err, "rank 0 at %s, port %d, turned rank %d away", launch->address, launch->port, launch->rank);
+        }
+    }
+    return true;
+}
+
+/* What everybody learns from rank 0, when all have come: the greetings of all. */
+static bool share_greetings(const Launch *launch, int *sockets[CONNECTIONS], Greeting *greetings, FoxError *err) {
+    int64_t bytes = (int64_t)sizeof(Greeting) * launch->size;
+    if (launch->rank != 0) {
+        return socket_receive(sockets[DATA][0], greetings, bytes) ||
+               fox_fail(err, "rank 0 at %s, port %d, gave up before all ranks had come", launch->address, launch->port);
+    }
+    for (int r = 1; r < launch->size; r++) {
+        if (!socket_send(sockets[DATA][r], greetings, bytes)) {
+            return fox_fail(err, "rank %d (%s) was lost at the start", r, greetings[r].host);
+        }
+    }
+    return true;
+}
+
+/* The place among the ranks of this machine, and everybody's host. */
+static void learn(Ranks *ranks, const Greeting *greetings) {
+    ranks->local_rank = 0;
+    ranks->local_size = 0;
+    for (int r = 0; r < ranks->size; r++) {
+        memcpy(ranks->links->hosts[r], greetings[r].host, HOST_SIZE);
+        if (greetings[r].machine == greetings[ranks->rank].machine) {
+            ranks->local_rank += r < ranks->rank;
+            ranks->local_size++;
+        }
+    }
+}
+
+static bool meet(Ranks *ranks, const Launch *launch, FoxError *err) {
+    int size = launch->size, *sockets[CONNECTIONS];
+    Greeting *greetings = FOX_NEW(Greeting, size);
+    RanksLinks *links = FOX_NEW(RanksLinks, 1);
+    links->hosts = (char(*)[HOST_SIZE])fox_alloc(HOST_SIZE * (size_t)size);
+    for (int c = 0; c < CONNECTIONS; c++) {
+        sockets[c] = FOX_NEW(int, size);
+        memset(sockets[c], -1, sizeof(int) * (size_t)size);
+    }
+    greetings[launch->rank] = greeting_of(launch);
+    bool met = launch->rank == 0 ? receive_all(launch, sockets, greetings, err)
+                                 : connect_both(launch, greetings[launch->rank], sockets, err);
+    if (launch->listener >= 0) {
+        close(launch->listener);
+    }
+    if (met && share_greetings(launch, sockets, greetings, err)) {
+        signal(SIGPIPE, SIG_IGN); // a reader of our output that is gone must not end one rank alone
+        ranks->links = links;
+        links->data = sockets[DATA];
+        learn(ranks, greetings);
+        links->watch = watch_start(ranks, sockets[CONTROL], launch->by_mpi);
+    } else {
+        free(sockets[DATA]); // the process ends: its connections close with it
+        free(links->hosts);
+        free(links);
+    }
+    free(sockets[CONTROL]);
+    free(greetings);
+    return ranks->links != NULL;
+}
+
+bool ranks_init(Ranks *ranks, int *argc, char ***argv, FoxError *err) {
+    Launch launch;
+    memset(ranks, 0, sizeof *ranks);
+    ranks->size = ranks->local_size = 1;
+    if (!launch_find(&launch, argc, argv, err)) {
+        return false;
+    }
+    ranks->rank = launch.rank;
+    ranks->size = launch.size;
+    if (launch.size == 1 || meet(ranks, &launch, err)) {
+        return true;
+    }
+    ranks->size = 1; // nobody to talk to any more
+    return false;
+}
+
 void ranks_finish(Ranks *ranks) {
-    (void)ranks;
-    if (mpi_runs()) {
-        MPI_Finalize();
+    RanksLinks *links = ranks->links;
+    if (links == NULL) {
+        return;
+    }
+    ranks_barrier(ranks);
+    watch_stop(links->watch);
+    for (int r = 0; r < (ranks->rank == 0 ? ranks->size : 1); r++) {
+        if (links->data[r] >= 0) {
+            close(links->data[r]);
+        }
+    }
+    free(links->data);
+    free(links->hosts);
+    free(links);
+    ranks->links = NULL;
+}
+
+/* ---- a message of the main threads */
+
+/* Goes before every message: ranks that do different things must not read one another's numbers. */
+typedef struct Envelope {
+    int64_t kind, count;
+} Envelope;
+
+typedef enum MessageKind { REDUCE = 1, BROADCAST, SCATTER, GATHER } MessageKind;
+
+static void put(const Ranks *ranks, int to, MessageKind kind, const void *bytes, int64_t count) {
+    Envelope e = {kind, count};
+    int fd = ranks->links->data[to];
+    if (!socket_send(fd, &e, sizeof e) || !socket_send(fd, bytes, count)) {
+        watch_lost(ranks->links->watch, to);
     }
 }
 
-void ranks_abort(const Ranks *ranks, int code) {
-    (void)ranks;
-    if (mpi_runs()) {
-        MPI_Abort(MPI_COMM_WORLD, code);
+/* The envelope of the next message; its bytes are to be taken next. */
+static void expect(const Ranks *ranks, int from, MessageKind kind, int64_t count) {
+    Envelope e;
+    if (!socket_receive(ranks->links->data[from], &e, sizeof e)) {
+        watch_lost(ranks->links->watch, from);
     }
-    _Exit(code);
+    if (e.kind != kind || e.count != count) {
+        char name[96];
+        ranks_name(ranks, from, name);
+        watch_fail(ranks->links->watch, "%s does something else than rank %d (%lld, %lld bytes; here %d, %lld bytes): were all started "
+                   "with the same options?", name, ranks->rank, (long long)e.kind, (long long)e.count, (int)kind, (long long)count);
+    }
 }
 
-/* Length of rank's slice when `count` elements are cut into `size` slices, the first ones longer by one. */
-static int slice_length(int count, int size, int rank) {
-    return count / size + (rank < count % size ? 1 : 0);
+static void take(const Ranks *ranks, int from, void *bytes, int64_t count) {
+    if (!socket_receive(ranks->links->data[from], bytes, count)) {
+        watch_lost(ranks->links->watch, from);
+    }
 }
 
-/* MPI_Allreduce may add in another order from run to run. Here slice r of the values goes to rank r, which adds what
- * it got in rank order, and everybody receives that one result. */
+static void get(const Ranks *ranks, int from, MessageKind kind, void *bytes, int64_t count) {
+    expect(ranks, from, kind, count);
+    take(ranks, from, bytes, count);
+}
+
+/* ---- what collectives are made of; several ranks */
+
+/* into += from, `bytes` of them */
+typedef void (*Add)(void *into, const void *from, int64_t bytes);
+
+static void add_float(void *into, const void *from, int64_t bytes) {
+    float *a = (float *)into;
+    const float *b = (const float *)from;
+    for (int64_t i = 0; i < bytes / (int64_t)sizeof(float); i++) {
+        a[i] += b[i];
+    }
+}
+
+static void add_double(void *into, const void *from, int64_t bytes) {
+    double *a = (double *)into;
+    const double *b = (const double *)from;
+    for (int64_t i = 0; i < bytes / (int64_t)sizeof(double); i++) {
+        a[i] += b[i];
+    }
+}
+
+static void add_max_int(void *into, const void *from, int64_t bytes) {
+    int *a = (int *)into;
+    const int *b = (const int *)from;
+    for (int64_t i = 0; i < bytes / (int64_t)sizeof(int); i++) {
+        a[i] = b[i] > a[i] ? b[i] : a[i];
+    }
+}
+
+/* Rank 0 holds the sum afterwards, added in the order of the ranks. */
+static void reduce(const Ranks *ranks, void *values, int64_t bytes, Add add) {
+    if (ranks->rank != 0) {
+        put(ranks, 0, REDUCE, values, bytes);
+        return;
+    }
+    char *slice = FOX_NEW(char, SLICE);
+    for (int r = 1; r < ranks->size; r++) {
+        expect(ranks, r, REDUCE, bytes);
+        for (int64_t done = 0; done < bytes; done += SLICE) {
+            int64_t now = fox_min64(bytes - done, SLICE);
+            take(ranks, r, slice, now);
+            add((char *)values + done, slice, now);
+        }
+    }
+    free(slice);
+}
+
+static void broadcast(const Ranks *ranks, void *bytes, int64_t count) {
+    if (ranks->rank != 0) {
+        get(ranks, 0, BROADCAST, bytes, count);
+        return;
+    }
+    for (int r = 1; r < ranks->size; r++) {
+        put(ranks, r, BROADCAST, bytes, count);
+    }
+}
+
+/* Time spent from here to the same call with false is waiting for others. */
+static void waiting(const Ranks *ranks, bool yes) {
+    watch_waiting(ranks->links->watch, yes);
+}
+
+static void sum(const Ranks *ranks, void *values, int64_t bytes, Add add) {
+    if (ranks->links == NULL) {
+        return;
+    }
+    waiting(ranks, true);
+    reduce(ranks, values, bytes, add);
+    broadcast(ranks, values, bytes);
+    waiting(ranks, false);
+}
+
+/* ---- the collectives */
+
 void ranks_sum_float(const Ranks *ranks, float *values, int64_t count) {
-    int n = ranks->size, me = ranks->rank;
-    if (n == 1) {
-        return;
-    }
-    int *lengths = FOX_NEW(int, n), *starts = FOX_NEW(int, n);
-    int *mine_from_each = FOX_NEW(int, n), *received_starts = FOX_NEW(int, n);
-    int round_max = SUM_SLICE < INT32_MAX / n ? SUM_SLICE : INT32_MAX / n;
-    int64_t round = (int64_t)round_max * n;
-    float *received = FOX_NEW(float, round < count ? round : count + n);
-    for (int64_t done = 0; done < count; done += round) {
-        int now = (int)(count - done < round ? count - done : round);
-        for (int r = 0, start = 0; r < n; r++) {
-            lengths[r] = slice_length(now, n, r);
-            starts[r] = start;
-            start += lengths[r];
-            mine_from_each[r] = slice_length(now, n, me);
-            received_starts[r] = r * mine_from_each[r];
-        }
-        int mine = lengths[me];
-        MPI_Alltoallv(values + done, lengths, starts, MPI_FLOAT, received, mine_from_each, received_starts, MPI_FLOAT,
-                      MPI_COMM_WORLD);
-        for (int r = 1; r < n; r++) {
-            for (int i = 0; i < mine; i++) {
-                received[i] += received[(int64_t)r * mine + i];
-            }
-        }
-        MPI_Allgatherv(received, mine, MPI_FLOAT, values + done, lengths, starts, MPI_FLOAT, MPI_COMM_WORLD);
-    }
-    free(lengths);
-    free(starts);
-    free(mine_from_each);
-    free(received_starts);
-    free(received);
+    sum(ranks, values, count * (int64_t)sizeof(float), add_float);
 }
 
-void ranks_sum_double(const Ranks *ranks, double *values, int count) {
-    if (ranks->size == 1) {
-        return;
-    }
-    double *all = FOX_NEW(double, (size_t)count * (size_t)ranks->size);
-    MPI_Allgather(values, count, MPI_DOUBLE, all, count, MPI_DOUBLE, MPI_COMM_WORLD);
-    for (int i = 0; i < count; i++) {
-        values[i] = all[i];
-        for (int r = 1; r < ranks->size; r++) {
-            values[i] += all[(size_t)r * (size_t)count + (size_t)i];
-        }
-    }
-    free(all);
+void ranks_sum_double(const Ranks *ranks, double *values, int64_t count) {
+    sum(ranks, values, count * (int64_t)sizeof(double), add_double);
 }
 
 int ranks_max_int(const Ranks *ranks, int value) {
-    int largest = value;
-    if (ranks->size > 1) {
-        MPI_Allreduce(&value, &largest, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    sum(ranks, &value, sizeof value, add_max_int);
+    return value;
+}
+
+void ranks_scatter_sum(const Ranks *ranks, float *values, int64_t piece) {
+    if (ranks->links == NULL) {
+        return;
     }
-    return largest;
+    int64_t bytes = piece * (int64_t)sizeof(float);
+    waiting(ranks, true);
+    reduce(ranks, values, bytes * ranks->size, add_float);
+    if (ranks->rank != 0) {
+        get(ranks, 0, SCATTER, values + ranks->rank * piece, bytes);
+    }
+    for (int r = 1; ranks->rank == 0 && r < ranks->size; r++) {
+        put(ranks, r, SCATTER, values + r * piece, bytes);
+    }
+    waiting(ranks, false);
+}
+
+void ranks_gather(const Ranks *ranks, void *bytes, int64_t piece) {
+    if (ranks->links == NULL) {
+        return;
+    }
+    char *rows = (char *)bytes;
+    waiting(ranks, true);
+    if (ranks->rank != 0) {
+        put(ranks, 0, GATHER, rows + ranks->rank * piece, piece);
+    }
+    for (int r = 1; ranks->rank == 0 && r < ranks->size; r++) {
+        get(ranks, r, GATHER, rows + r * piece, piece);
+    }
+    broadcast(ranks, bytes, piece * ranks->size);
+    waiting(ranks, false);
 }
 
 void ranks_broadcast(const Ranks *ranks, void *bytes, int64_t count) {
-    const int64_t piece = 1 << 28;
-    for (int64_t done = 0; ranks->size > 1 && done < count; done += piece) {
-        int now = (int)(count - done < piece ? count - done : piece);
-        MPI_Bcast((char *)bytes + done, now, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (ranks->links != NULL) {
+        waiting(ranks, true);
+        broadcast(ranks, bytes, count);
+        waiting(ranks, false);
     }
 }
 
 void ranks_barrier(const Ranks *ranks) {
-    if (ranks->size > 1) {
-        MPI_Barrier(MPI_COMM_WORLD);
-    }
+    ranks_max_int(ranks, 0);
 }
 
 bool ranks_agree(const Ranks *ranks, uint64_t value) {
@@ -170,65 +382,44 @@ bool ranks_agree(const Ranks *ranks, uint64_t value) {
     return ranks_max_int(ranks, value != first) == 0;
 }
 
-#else
-
-bool ranks_init(Ranks *ranks, int *argc, char ***argv, FoxError *err) {
-    (void)argc;
-    (void)argv;
-    ranks->rank = ranks->local_rank = 0;
-    ranks->size = ranks->local_size = 1;
-    const char *variable = "";
-    int expected = launched_size(&variable);
-    if (expected > 1) {
-        return fox_fail(
-            err,
-            "%d processes were started (%s), but this program is built without MPI: each would train alone; "
-            "install Open MPI and run make again, or start one process",
-            expected, variable);
+bool ranks_everyone(const Ranks *ranks, bool ok, FoxError *err) {
+    int size = ranks->size, rank = ranks->rank;
+    int lowest = size - ranks_max_int(ranks, ok ? 0 : size - rank);
+    if (lowest == size) {
+        return true;
     }
-    return true;
+    if (rank != lowest) {
+        err->text[0] = '\0';
+    }
+    return false;
 }
 
-void ranks_finish(Ranks *ranks) {
-    (void)ranks;
+/* ---- alone */
+
+void ranks_name(const Ranks *ranks, int rank, char text[96]) {
+    snprintf(text, 96, "rank %d (%s)", rank, ranks->links != NULL ? ranks->links->hosts[rank] : "alone");
 }
 
-void ranks_abort(const Ranks *ranks, int code) {
-    (void)ranks;
-    _Exit(code);
+void ranks_working(const Ranks *ranks, int64_t step) {
+    if (ranks->links != NULL) {
+        watch_working(ranks->links->watch, step);
+    }
 }
 
-void ranks_sum_float(const Ranks *ranks, float *values, int64_t count) {
-    (void)ranks;
-    (void)values;
-    (void)count;
+void ranks_resting(const Ranks *ranks) {
+    if (ranks->links != NULL) {
+        watch_resting(ranks->links->watch);
+    }
 }
 
-void ranks_sum_double(const Ranks *ranks, double *values, int count) {
-    (void)ranks;
-    (void)values;
-    (void)count;
+void ranks_patience(const Ranks *ranks, double progress, double silence) {
+    if (ranks->links != NULL) {
+        watch_patience(ranks->links->watch, progress, silence);
+    }
 }
 
-int ranks_max_int(const Ranks *ranks, int value) {
-    (void)ranks;
-    return value;
+void ranks_guard(const Ranks *ranks, const RanksGuard *guard) {
+    if (ranks->links != NULL) {
+        watch_guard(ranks->links->watch, guard);
+    }
 }
-
-void ranks_broadcast(const Ranks *ranks, void *bytes, int64_t count) {
-    (void)ranks;
-    (void)bytes;
-    (void)count;
-}
-
-void ranks_barrier(const Ranks *ranks) {
-    (void)ranks;
-}
-
-bool ranks_agree(const Ranks *ranks, uint64_t value) {
-    (void)ranks;
-    (void)value;
-    return true;
-}
-
-#endif

@@ -20,17 +20,8 @@ static void on_signal(int number) {
     stop_requested = 1;
 }
 
-/* True on every rank when `ok` is true on all of them. Otherwise only the lowest rank that failed keeps its message. */
 static bool everyone(const Trainer *t, bool ok, FoxError *err) {
-    int size = t->ranks.size, rank = t->ranks.rank;
-    int lowest = size - ranks_max_int(&t->ranks, ok ? 0 : size - rank);
-    if (lowest == size) {
-        return true;
-    }
-    if (rank != lowest) {
-        err->text[0] = '\0';
-    }
-    return false;
+    return ranks_everyone(&t->ranks, ok, err);
 }
 
 static bool is_directory(const char *path) {

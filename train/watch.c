@@ -1,0 +1,375 @@
+#include "watch.h"
+
+#include "sockets.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define BEAT 1.0             /* seconds between two statuses */
+#define SILENCE 40.0         /* seconds without any, after which a rank counts as stopped, until ranks_patience says otherwise */
+#define PAUSES 4             /* times the longest pause so far, which is no hang yet */
+#define ABORT_SECONDS 10     /* a device may take to let go */
+#define TEXT 600
+
+typedef enum Kind { STATUS = 1, FAILED, LEAVING } Kind;
+
+/* What goes over a control connection, all of one size. */
+typedef struct Message {
+    int32_t kind, working;
+    int64_t step;
+    double idle, limit; /* seconds without progress, and how many are too many (0: any) */
+    char text[TEXT];    /* of FAILED */
+} Message;
+
+/* What rank 0 knows of a rank, every other rank of rank 0. */
+typedef struct Peer {
+    int fd, rank;
+    bool left;
+    double heard; /* when */
+    Message status;
+    char inbox[sizeof(Message)];
+    size_t received;
+} Peer;
+
+struct Watch {
+    const Ranks *ranks;
+    Peer *peers;
+    int peer_count;
+    int wake[2];
+    pid_t parent; /* whose end is ours; 0: nobody's */
+    pthread_t thread;
+    pthread_mutex_t mutex; /* guards what follows */
+    bool working, waiting, leaving;
+    int64_t step;
+    double since, longest; /* last progress; longest pause */
+    double patience, silence;
+    RanksGuard guard;      /* check NULL: none */
+};
+
+/* ---- what the main thread says */
+
+/* Progress: the pause that ends here counts for what is usual. */
+static void progress(Watch *w, bool working, int64_t step) {
+    double now = fox_now();
+    pthread_mutex_lock(&w->mutex);
+    if (w->working && now - w->since > w->longest) {
+        w->longest = now - w->since;
+    }
+    w->since = now;
+    w->working = working;
+    w->step = working ? step : w->step;
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void watch_working(Watch *w, int64_t step) {
+    progress(w, true, step);
+}
+
+void watch_resting(Watch *w) {
+    progress(w, false, 0);
+}
+
+void watch_waiting(Watch *w, bool waiting) {
+    pthread_mutex_lock(&w->mutex);
+    w->waiting = waiting;
+    w->since = fox_now();
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void watch_patience(Watch *w, double progress_seconds, double silence) {
+    pthread_mutex_lock(&w->mutex);
+    w->patience = progress_seconds;
+    w->silence = silence;
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void watch_guard(Watch *w, const RanksGuard *guard) {
+    pthread_mutex_lock(&w->mutex);
+    memset(&w->guard, 0, sizeof w->guard);
+    if (guard != NULL) {
+        w->guard = *guard;
+    }
+    pthread_mutex_unlock(&w->mutex);
+}
+
+/* This rank's state as the others may see it. */
+static Message own_status(Watch *w) {
+    Message m;
+    memset(&m, 0, sizeof m);
+    pthread_mutex_lock(&w->mutex);
+    m.kind = STATUS;
+    m.working = w->working && !w->waiting;
+    m.step = w->step;
+    m.idle = fox_now() - w->since;
+    m.limit = w->patience > 0 ? w->patience + PAUSES * w->longest : 0;
+    pthread_mutex_unlock(&w->mutex);
+    return m;
+}
+
+/* ---- the end */
+
+static void tell(Watch *w, const Message *m) {
+    for (int i = 0; i < w->peer_count; i++) {
+        if (!w->peers[i].left && w->peers[i].fd >= 0) {
+            send(w->peers[i].fd, m, sizeof *m, MSG_NOSIGNAL | MSG_DONTWAIT); // who does not listen is lost anyway
+        }
+    }
+}
+
+FOX_NORETURN static void end(Watch *w, const char *text, bool print) {
+    if (print) {
+        fprintf(stderr, "\ntrain_fox: error: %s; all ranks end\n", text);
+        fflush(stderr);
+    }
+    RanksGuard guard;
+    memset(&guard, 0, sizeof guard);
+    if (pthread_mutex_trylock(&w->mutex) == 0) {
+        guard = w->guard;
+        pthread_mutex_unlock(&w->mutex);
+    }
+    if (guard.abort != NULL) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(ABORT_SECONDS);
+        guard.abort(guard.context);
+    }
+    _exit(1);
+}
+
+void watch_fail(Watch *w, const char *format, ...) {
+    Message m = own_status(w);
+    m.kind = FAILED;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(m.text, sizeof m.text, format, args);
+    va_end(args);
+    tell(w, &m);
+    end(w, m.text, true);
+}
+
+void watch_lost(Watch *w, int rank) {
+    char name[96];
+    ranks_name(w->ranks, rank, name);
+    sleep(5);
+    watch_fail(w, "the connection to %s is broken", name);
+}
+
+/* ---- the thread */
+
+/* One rank of every host speaks. Rank 0 does where it is alive: `rank0_lost` says that it is not. */
+static bool speaks(const Watch *w, bool rank0_lost) {
+    char mine[96], first[96];
+    const Ranks *r = w->ranks;
+    ranks_name(r, r->rank, mine);
+    ranks_name(r, 0, first);
+    bool with_rank0 = strcmp(strchr(mine, '('), strchr(first, '(')) == 0;
+    return r->local_rank == (rank0_lost && with_rank0 ? 1 : 0);
+}
+
+/* A peer is lost. Rank 0 tells everybody. */
+FOX_NORETURN static void lost(Watch *w, const Peer *peer, const char *how) {
+    char name[96];
+    ranks_name(w->ranks, peer->rank, name);
+    if (w->ranks->rank == 0) {
+        watch_fail(w, "%s %s in step %lld", name, how, (long long)peer->status.step + 1);
+    }
+    Message own = own_status(w); // rank 0 says nothing of its step; it is ours
+    char text[TEXT];
+    snprintf(text, sizeof text, "%s %s in step %lld", name, how, (long long)own.step + 1);
+    end(w, text, speaks(w, true));
+}
+
+static void handle(Watch *w, Peer *peer, const Message *m) {
+    peer->heard = fox_now();
+    if (m->kind == LEAVING) {
+        peer->left = true;
+    } else if (m->kind == FAILED) {
+        Message copy = *m;
+        copy.text[TEXT - 1] = '\0';
+        if (w->ranks->rank == 0) {
+            tell(w, &copy);
+        }
+        // the rank that found it has printed it, and so has rank 0
+        char name[96], theirs[96];
+        ranks_name(w->ranks, w->ranks->rank, name);
+        ranks_name(w->ranks, peer->rank, theirs);
+        bool same_host = strcmp(strchr(name, '('), strchr(theirs, '(')) == 0;
+        end(w, copy.text, !same_host && speaks(w, false));
+    } else {
+        peer->status = *m;
+    }
+}
+
+/* Takes what has come from a peer, in whole messages. */
+static void take(Watch *w, Peer *peer) {
+    ssize_t got = recv(peer->fd, peer->inbox + peer->received, sizeof peer->inbox - peer->received, MSG_DONTWAIT);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
+        return;
+    }
+    if (got <= 0 && !peer->left) {
+        lost(w, peer, "was lost (killed, crashed, or ended by an error of its own)");
+    }
+    if (got <= 0) {
+        close(peer->fd);
+        peer->fd = -1;
+        return;
+    }
+    peer->received += (size_t)got;
+    if (peer->received == sizeof(Message)) {
+        Message m;
+        memcpy(&m, peer->inbox, sizeof m);
+        peer->received = 0;
+        handle(w, peer, &m);
+    }
+}
+
+/* Rank 0 looks for the rank that has hung the longest beyond its limit. */
+static void judge_progress(Watch *w) {
+    Message own = own_status(w);
+    const Message *worst = own.working && own.limit > 0 && own.idle > own.limit ? &own : NULL;
+    int rank = 0;
+    for (int i = 0; i < w->peer_count; i++) {
+        const Message *m = &w->peers[i].status;
+        if (m->working && m->limit > 0 && m->idle > m->limit && (worst == NULL || m->idle > worst->idle)) {
+            worst = m;
+            rank = w->peers[i].rank;
+        }
+    }
+    if (worst != NULL) {
+        char name[96];
+        ranks_name(w->ranks, rank, name);
+        watch_fail(w, "%s made no progress for %.0f s in step %lld (--hang-timeout)", name, worst->idle, (long long)worst->step + 1);
+    }
+}
+
+static void judge_silence(Watch *w, double now, double silence) {
+    for (int i = 0; i < w->peer_count; i++) {
+        Peer *peer = &w->peers[i];
+        if (silence > 0 && !peer->left && now - peer->heard > silence) {
+            char how[96];
+            snprintf(how, sizeof how, "was silent for %.0f s (stopped, or its machine is gone)", now - peer->heard);
+            lost(w, peer, how);
+        }
+    }
+}
+
+/* Once a second. */
+static void beat(Watch *w, double now) {
+    Message own = own_status(w);
+    FoxError err;
+    err.text[0] = '\0';
+    pthread_mutex_lock(&w->mutex);
+    double silence = w->silence;
+    bool ok = w->guard.check == NULL || w->guard.check(w->guard.context, &err);
+    pthread_mutex_unlock(&w->mutex);
+    if (!ok) {
+        char name[96];
+        ranks_name(w->ranks, w->ranks->rank, name);
+        watch_fail(w, "%s, step %lld: %s", name, (long long)own.step + 1, err.text);
+    }
+    tell(w, &own);
+    judge_silence(w, now, silence);
+    if (w->ranks->rank == 0) {
+        judge_progress(w);
+    }
+    if (w->parent != 0 && getppid() != w->parent) {
+        w->parent = 0;
+        kill(getpid(), SIGTERM);
+    }
+}
+
+/* This process was stopped for a while: what the others sent is still to be read, and its main thread did not hang. */
+static void forgive(Watch *w, double now) {
+    for (int i = 0; i < w->peer_count; i++) {
+        w->peers[i].heard = now;
+    }
+    pthread_mutex_lock(&w->mutex);
+    w->since = now;
+    pthread_mutex_unlock(&w->mutex);
+}
+
+static void *watch_loop(void *context) {
+    Watch *w = (Watch *)context;
+    struct pollfd *waiting = FOX_NEW(struct pollfd, w->peer_count + 1);
+    double next = fox_now(), last = next;
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL); // signals are the main thread's
+    for (bool leaving = false; !leaving;) {
+        for (int i = 0; i < w->peer_count; i++) {
+            waiting[i].fd = w->peers[i].fd;
+            waiting[i].events = POLLIN;
+            waiting[i].revents = 0;
+        }
+        waiting[w->peer_count].fd = w->wake[0];
+        waiting[w->peer_count].events = POLLIN;
+        poll(waiting, (nfds_t)w->peer_count + 1, (int)(1e3 * BEAT / 4));
+        double now = fox_now();
+        if (now - last > 5 * BEAT) {
+            forgive(w, now);
+        }
+        last = now;
+        for (int i = 0; i < w->peer_count; i++) {
+            if (waiting[i].revents != 0 && w->peers[i].fd >= 0) {
+                take(w, &w->peers[i]);
+            }
+        }
+        if (now >= next) {
+            beat(w, now);
+            next = now + BEAT;
+        }
+        pthread_mutex_lock(&w->mutex);
+        leaving = w->leaving;
+        pthread_mutex_unlock(&w->mutex);
+    }
+    free(waiting);
+    return NULL;
+}
+
+Watch *watch_start(const Ranks *ranks, const int *control, bool by_mpi) {
+    Watch *w = FOX_NEW(Watch, 1);
+    double now = fox_now();
+    w->ranks = ranks;
+    w->peer_count = ranks->rank == 0 ? ranks->size - 1 : 1;
+    w->peers = FOX_NEW(Peer, w->peer_count);
+    for (int i = 0; i < w->peer_count; i++) {
+        Peer *peer = &w->peers[i];
+        peer->rank = ranks->rank == 0 ? i + 1 : 0;
+        peer->fd = control[peer->rank];
+        peer->heard = now;
+    }
+    w->parent = by_mpi ? getppid() : 0;
+    w->since = now;
+    w->silence = SILENCE;
+    pthread_mutex_init(&w->mutex, NULL);
+    if (pipe(w->wake) != 0 || pthread_create(&w->thread, NULL, watch_loop, w) != 0) {
+        fox_die("the thread that watches the other ranks cannot be started: %s", strerror(errno));
+    }
+    return w;
+}
+
+void watch_stop(Watch *w) {
+    Message m = own_status(w);
+    m.kind = LEAVING;
+    pthread_mutex_lock(&w->mutex);
+    w->leaving = true;
+    pthread_mutex_unlock(&w->mutex);
+    if (write(w->wake[1], "", 1) != 1) {
+        fox_die("the thread that watches the other ranks cannot be woken: %s", strerror(errno));
+    }
+    pthread_join(w->thread, NULL);
+    tell(w, &m);
+    for (int i = 0; i < w->peer_count; i++) {
+        if (w->peers[i].fd >= 0) {
+            close(w->peers[i].fd);
+        }
+    }
+    close(w->wake[0]);
+    close(w->wake[1]);
+    pthread_mutex_destroy(&w->mutex);
+    free(w->peers);
+    free(w);
+}
