@@ -73,9 +73,9 @@ def run_ours(args, kind, seed, scratch):
 def run_official(args, kind, seed, scratch):
     """In a process of its own, so that its memory is free afterwards. Its records come back even if it ends badly."""
     log = pathlib.Path(args.out).with_suffix(f".{kind}.jsonl")
-    command = [sys.executable, official.ROOT / "dev" / "train_official.py", "--official", args.official, "--init",
-               initial_weights(args, seed, scratch), "--acp", "off" if kind == "official-off" else "paper", "--out", log,
-               "--seconds", args.official_seconds, "--", "-e", args.model, *recipe(args, seed)]
+    command = [sys.executable, official.ROOT / "dev" / "train_official.py", "--official", args.official,
+               "--init", initial_weights(args, seed, scratch), "--acp", "off" if kind == "official-off" else "paper",
+               "--out", log, "--seconds", args.official_seconds, "--", "-e", args.model, *recipe(args, seed)]
     done = subprocess.run(list(map(str, command)))
     if done.returncode != 0:
         print(f"{kind} ended with {done.returncode}", flush=True)
@@ -86,20 +86,23 @@ def check_rates(plan, steps, name):
     """Both sides must have trained at the rates of the plan."""
     for record, planned in zip(steps, plan.steps):
         if abs(record["lr"] - planned["lr"]) > 1e-6 * planned["lr"]:
-            raise SystemExit(f"{name}, step {record['step']}: learning rate {record['lr']}, the plan has {planned['lr']}")
+            raise SystemExit(f"{name}, step {record['step']}: rate {record['lr']}, the plan has {planned['lr']}")
 
 
 def summarize(name, records, plan):
     """The entry of a run in the JSON file."""
     steps = [r for r in records if r["kind"] == "step"]
     check_rates(plan, steps, name)
+    if any(r["loss"] is None for r in steps):
+        raise SystemExit(f"{name}: a loss was not finite")
     settings = next(r for r in records if r["kind"] == "run")["settings"]
     if settings.get("windows", plan.windows) != plan.windows:
         raise SystemExit(f"{name}: {settings['windows']} windows of data, the plan has {plan.windows}")
     kind, seed = split_name(name)
     run = dict(program=kind.partition("-")[0] if kind.startswith("official") else "ours", seed=seed,
                acp=kind if not kind.startswith("official") else "off" if kind == "official-off" else "paper",
-               device=settings["device"], tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
+               computed_on=settings["device"], **machine.facts(),
+               tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
                train_seconds=sum(r["step_ms"] for r in steps) / 1e3,
                loss=[round(r["loss"], 5) for r in steps], grad_norm=[round(r["grad_norm"], 5) for r in steps],
                validation=[[r["step"], round(r["loss"], 5)] for r in records if r["kind"] == "validation"])
@@ -117,8 +120,8 @@ def difference(run, other):
     """Of the last training losses, of the last validation, and the largest in the second half, where both got to."""
     n = min(len(run["loss"]), len(other["loss"]))
     a, b = smooth(run["loss"][:n]), smooth(other["loss"][:n])
-    last, validation = statistics.fmean(run["loss"][:n][-LAST:]) - statistics.fmean(other["loss"][:n][-LAST:]), None
-    common = dict(map(tuple, other["validation"]))
+    last = statistics.fmean(run["loss"][:n][-LAST:]) - statistics.fmean(other["loss"][:n][-LAST:])
+    validation, common = None, dict(map(tuple, other["validation"]))
     for step, loss in run["validation"]:
         validation = loss - common[step] if step in common else validation
     curve = max((abs(x - y) for x, y in list(zip(a, b))[len(a) // 2:]), default=None)
@@ -130,8 +133,8 @@ def show(number, width=9, digits=4, sign=""):
 
 
 def print_table(runs):
-    print(f"\n{'run':14} {'steps':>5} {'train':>9} {'valid':>9} {'tokens/s':>9} {'pruned':>7}   differs from  train     "
-          "valid     curve")
+    print(f"\n{'run':14} {'steps':>5} {'train':>9} {'valid':>9} {'tokens/s':>9} {'pruned':>7}   "
+          "differs from     train     valid     curve")
     for name, run in runs.items():
         line = (f"{name:14} {len(run['loss']):5} {show(statistics.fmean(run['loss'][-LAST:]))} "
                 f"{show(run['validation'][-1][1] if run['validation'] else None)} {run['tokens_per_s']:9,.0f} "
@@ -141,9 +144,10 @@ def print_table(runs):
         for other in others or [o for o in list(runs)[:1] if o != name] or [None]:
             if other is not None:
                 d = difference(run, runs[other])
-                line += f"   {other:12} {show(d['train'], sign='+')} {show(d['validation'], sign='+')} {show(d['curve'])}"
+                line += (f"   {other:12} {show(d['train'], sign='+')} {show(d['validation'], sign='+')} "
+                         f"{show(d['curve'])}")
             print(line)
-            line = " " * 59
+            line = " " * 58
 
 
 def main():
@@ -151,7 +155,8 @@ def main():
     parser.add_argument("runs", nargs="*", help="what to train")
     parser.add_argument("--official", metavar="DIR", help="clone of the official repository")
     parser.add_argument("--data", help="folder of shards, *train*.bin and *val*.bin")
-    parser.add_argument("--out", default=str(pathlib.Path(os.environ.get("OUT") or "build", "training.json")), help="JSON file")
+    parser.add_argument("--out", default=os.path.join(os.environ.get("OUT") or "build", "training.json"),
+                        help="JSON file")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="earlier results")
     parser.add_argument("--model", default="fox-pro-125m", help="preset")
     parser.add_argument("-T", "--context", type=int, default=16384)
@@ -171,11 +176,10 @@ def main():
         parser.error("--data is needed")
     if any(kind.startswith("official") for _, kind, _ in names) and not args.official:
         parser.error("--official is needed")
-    result = dict(machine.facts(), runs={})
+    result = dict(runs={})
     for path in args.merge:
         earlier = json.loads(pathlib.Path(path).read_text())
-        runs = {**result["runs"], **earlier["runs"]}
-        result = dict(result, **earlier, runs=runs)
+        result = {**result, **earlier, "runs": {**result["runs"], **earlier["runs"]}}
     pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="fox_training_"))
     try:
@@ -185,11 +189,12 @@ def main():
             records = run(args, kind, seed, scratch)
             if not any(r["kind"] == "step" for r in records):
                 raise SystemExit(f"{name}: no step was made")
-            result["settings"] = {k: v for k, v in plan.settings.items() if k not in ("data", "val_data", "out", "acp", "seed")}
+            own = ("data", "val_data", "out", "acp", "seed")  # of a run or a place, not of the comparison
+            result["settings"] = {k: v for k, v in plan.settings.items() if k not in own}
             result["lr"] = [float(f"{s['lr']:.6g}") for s in plan.steps]
             result["runs"][name] = summarize(name, records, plan)
             pathlib.Path(args.out).write_text(json.dumps(result) + "\n")
-            print_table({name: result["runs"][name]})
+            print(f"{name}: {len(result['lr'])} steps in {result['runs'][name]['train_seconds']:.0f} s", flush=True)
     finally:
         shutil.rmtree(scratch)
     pathlib.Path(args.out).write_text(json.dumps(result) + "\n")

@@ -15,7 +15,8 @@ def _first_line(*command):
 
 
 def facts():
-    """device, driver, date, commit (with + where the tree differs from it; $COMMIT where there is no git). None: unknown."""
+    """device, driver, date, commit (with + where the tree differs from it; $COMMIT where there is no git).
+    None where it is not known."""
     gpu = _first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     device, driver = gpu.split(", ") if gpu else (None, None)
     commit = _first_line("git", "rev-parse", "--short", "HEAD")

@@ -1,4 +1,4 @@
-/* Prints what train_fox would do, without a model: for dev/train_official.py, which does the same with the official one.
+/* Prints what train_fox would do, without a model. dev/train_official.py does the same with the official one.
  *
  *     plan OPTIONS OF train_fox
  *

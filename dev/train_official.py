@@ -81,8 +81,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(plan.parameter_groups(self.model.named_parameters()), lr=0.0,
                                            betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.waiting = []  # of each step since the last flush: (number, rate, loss, norm, start and end events)
-        self.record(kind="run", step=0, settings=dict(options=plan.settings, device="cuda", acp="paper" if acp else "off",
-                                                      **code.versions()))
+        settings = dict(code.versions(), options=plan.settings, device="cuda", acp="paper" if acp else "off")
+        self.record(kind="run", step=0, settings=settings)
 
     def record(self, **fields):
         self.out.write(json.dumps(fields) + "\n")
@@ -135,8 +135,9 @@ class Training:
                 for x, y in self.micro_batches(windows):
                     total += self.loss(x, y).item() * len(x)
                     sequences += len(x)
-        self.record(kind="validation", step=step, tokens=step * self.plan.settings["batch_tokens"], loss=total / sequences)
-        return total / sequences
+        loss = total / sequences
+        self.record(kind="validation", step=step, tokens=step * self.plan.settings["batch_tokens"], loss=loss)
+        return loss
 
     def run(self, seconds):
         """All steps, or as many as fit into `seconds`."""
@@ -147,7 +148,8 @@ class Training:
             if done % FLUSH_STEPS == 0 or done == steps:
                 loss = self.flush()
                 if done % (5 * FLUSH_STEPS) == 0 or done == steps:
-                    print(f"official step {done}/{steps} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
+                    took = time.monotonic() - started
+                    print(f"official step {done}/{steps} loss {loss:.4f} {took:.0f} s", flush=True)
             late = time.monotonic() - started > seconds
             if every and (done % every == 0 or done == steps or late):
                 self.flush()
@@ -173,8 +175,8 @@ def main():
     plan = Plan(arguments[cut + 1:])
     if args.dry:
         print(json.dumps(plan.settings))
-        print(f"{len(plan.steps)} steps, {len(plan.decay)} tensors that decay, vocabulary {plan.vocab_size}; first step: "
-              f"{plan.windows_of_step(0)[:, :6].tolist()} ...")
+        print(f"{len(plan.steps)} steps, {len(plan.decay)} tensors that decay, vocabulary {plan.vocab_size}; "
+              f"first step: {plan.windows_of_step(0)[:, :6].tolist()} ...")
         return 0
     if not (args.official and args.init and args.out):
         parser.error("--official, --init and --out are needed")

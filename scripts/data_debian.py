@@ -8,10 +8,10 @@
 
 Downloads the packages with apt-get (Debian or Ubuntu, no root needed, 450 MB into --cache; --cache keeps them for the
 next time), unpacks them there, and writes one file a document into -o. Documentation is what the packages hold as HTML,
-reStructuredText, POD, Markdown and dictionaries, as plain text, where it is English; code is the Linux kernel's C. Lines of HTML that many pages of
-a package share (menus, footers) are left out. A document's name begins with the hash of its text, so make_shards, which
-goes by name, mixes the packages; the same packages give the same files. Packages that this release does not have are
-named and left out.
+reStructuredText, POD, Markdown and dictionaries, as plain text, where it is English; code is the Linux kernel's C.
+Lines of HTML that many pages of a package share (menus, footers) are left out. A document's name begins with the hash
+of its text, so make_shards, which goes by name, mixes the packages; the same packages give the same files. Packages
+that this release does not have are named and left out.
 """
 import argparse
 import collections
@@ -26,8 +26,8 @@ import tarfile
 
 KERNEL = ("linux-source-6.1", "linux-source-6.12", "linux-source-6.8.0")  # the first that there is
 # Per package at most --package-bytes of text are taken, so that none is most of the corpus.
-PROSE = """python3.11-doc python3.13-doc python3.12-doc postgresql-doc-15 postgresql-doc-17 postgresql-doc-16 git-doc perl-doc
-libreoffice-help-en-us sqlite3-doc rust-doc anarchism debian-handbook debian-reference-en debian-policy
+PROSE = """python3.11-doc python3.13-doc python3.12-doc postgresql-doc-15 postgresql-doc-17 postgresql-doc-16 git-doc
+perl-doc libreoffice-help-en-us sqlite3-doc rust-doc anarchism debian-handbook debian-reference-en debian-policy
 developers-reference python-django-doc python-pandas-doc python-scipy-doc python-sqlalchemy-doc python-sympy-doc
 dict-gcide dict-wn dict-foldoc dict-jargon gimp-help-en vim-runtime cmake-doc nodejs-doc erlang-doc octave-doc
 libboost1.81-doc libboost1.83-doc ghc-doc libstdc++-12-doc llvm-14-doc lilypond-doc-html gap-doc maxima-doc harden-doc
@@ -41,8 +41,8 @@ COMMON = 8              # a line of HTML in more pages of a package than this is
 class PageText(html.parser.HTMLParser):
     """The text of an HTML page: a line for each block, <pre> as it stands, no scripts, menus or heads."""
     SKIPPED = {"script", "style", "nav", "head", "header", "footer", "button", "select", "svg"}
-    BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "section", "article", "blockquote", "pre", "br",
-              "h1", "h2", "h3", "h4", "h5", "h6", "hr", "body"}
+    BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "section", "article", "blockquote", "pre",
+              "br", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "body"}
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -73,7 +73,8 @@ def page_text(page):
     parser = PageText()
     parser.feed(page)
     parser.close()
-    lines = [line.rstrip() for line in "".join(parser.parts).replace("\u00b6", "").split("\n")]
+    text = "".join(parser.parts).replace("\u00b6", "")  # the mark of a link to a heading
+    lines = [line.rstrip() for line in text.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
@@ -201,8 +202,8 @@ def main():
     for name, text in chosen.items():
         (args.out / f"{name[:20]}.txt").write_text(text)
     size = sum(map(len, chosen.values()))
-    print(f"{args.out}: {len(chosen)} documents, {size / 1e6:.1f} MB; of {sum(map(len, prose.values())) / 1e6:.0f} MB of documentation "
-          f"and {sum(map(len, code)) / 1e6:.0f} MB of code"
+    print(f"{args.out}: {len(chosen)} documents, {size / 1e6:.1f} MB; of "
+          f"{sum(map(len, prose.values())) / 1e6:.0f} MB of documentation and {sum(map(len, code)) / 1e6:.0f} MB of code"
           + (f"; not in this release: {' '.join(missing)}" if missing else ""))
 
 
