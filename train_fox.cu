@@ -42,7 +42,7 @@ int main(int argc, char **argv) {
             trainer_sample(&t);
         }
         if (ok && trainer_due(&t, o->checkpoint_every)) {
-            trainer_try_save(&t); // a full disk does not end a run
+            trainer_begin_save(&t); // a full disk does not end a run
         }
     }
     if (began) {

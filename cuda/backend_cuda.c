@@ -465,6 +465,17 @@ static float *cuda_buffer(Backend *b, FoxBuffer buffer) {
     return buffers[buffer];
 }
 
+static void *cuda_allocate_host(Backend *b, int64_t bytes) {
+    void *memory = NULL;
+    (void)b;
+    return cudaMallocHost(&memory, (size_t)bytes) == cudaSuccess ? memory : NULL;
+}
+
+static void cuda_free_host(Backend *b, void *memory) {
+    (void)b;
+    cudaFreeHost(memory);
+}
+
 static void cuda_read(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *host) {
     CudaBackend *s = cuda(b);
     CUDA(cudaMemcpyAsync(host, cuda_buffer(b, buffer) + start, sizeof(float) * (size_t)count, cudaMemcpyDeviceToHost, s->stream));
@@ -491,6 +502,7 @@ static void cuda_forward_backward(Backend *b, const int32_t *tokens, const int32
 static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
     CudaBackend *s = cuda(b);
     DeviceStats device;
+    memset(stats, 0, sizeof *stats);
     cuda_add_squares(s->stats, s->scratch.squares, s->grads, b->table.total, s->stream);
     cuda_clip(s->stats, adamw->grad_clip, s->stream);
     cuda_adamw(s->params, s->params_bf16, s->adam_m, s->adam_v, s->grads, b->table.total, b->table.decayed, adamw, s->stats,
@@ -690,9 +702,13 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     b->name = "cuda";
     b->spec = *spec;
     b->table = fox_table_create(&spec->config);
+    backend_divide(b, ranks);
+    b->whole_params = true;
     b->report = cuda_report;
     b->allocate = cuda_allocate;
     b->memory = cuda_memory;
+    b->allocate_host = cuda_allocate_host;
+    b->free_host = cuda_free_host;
     b->read = cuda_read;
     b->write = cuda_write;
     b->forward_backward = cuda_forward_backward;

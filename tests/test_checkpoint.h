@@ -352,6 +352,18 @@ static void files_fake_write(Backend *b, FoxBuffer buffer, int64_t start, int64_
     memcpy(((float **)b->self)[buffer] + start, host, sizeof(float) * (size_t)count);
 }
 
+static void *files_fake_allocate(Backend *b, int64_t bytes) {
+    (void)b;
+    return malloc((size_t)bytes);
+}
+
+static void files_fake_free(Backend *b, void *memory) {
+    (void)b;
+    free(memory);
+}
+
+static const Ranks files_alone = RANKS_ALONE;
+
 static Backend files_fake_open(const FoxConfig *c) {
     Backend b;
     memset(&b, 0, sizeof b);
@@ -360,6 +372,9 @@ static Backend files_fake_open(const FoxConfig *c) {
     b.spec.config = *c;
     b.spec.acp = ACP_PAPER;
     b.spec.log_tolerance = -10;
+    backend_divide(&b, &files_alone);
+    b.allocate_host = files_fake_allocate;
+    b.free_host = files_fake_free;
     b.read = files_fake_read;
     b.write = files_fake_write;
     float **buffers = FOX_NEW(float *, 4);
@@ -410,8 +425,6 @@ static TrainState files_state(FilesRandom *r, int64_t step) {
     return s;
 }
 
-static const Ranks files_alone = RANKS_ALONE;
-
 /* Saves and dies when that fails: for tests of something else. */
 static void files_save(const char *dir, Backend *b, FilesRandom *r, int64_t step) {
     TrainState s = files_state(r, step);
@@ -428,7 +441,7 @@ static bool files_load(const char *dir, Backend *b, TrainState *s, FoxError *err
         return false;
     }
     *b = files_fake_open(&c);
-    if (checkpoint_load_model(dir, b, err) && checkpoint_load_state(dir, b, s, err)) {
+    if (checkpoint_load_model(dir, b, &files_alone, err) && checkpoint_load_state(dir, b, &files_alone, s, err)) {
         return true;
     }
     files_fake_close(b);
@@ -453,10 +466,10 @@ static void test_checkpoint_round_trip(Tests *t, FilesRandom *r) {
             bool loss = isnan(s.best_val_loss) ? isnan(back.best_val_loss) : s.best_val_loss == back.best_val_loss;
             check(t, back.step == s.step && back.tokens == s.tokens && back.seed == s.seed && loss &&
                   back.next_window == s.next_window && back.windows == s.windows && back.data_hash == s.data_hash &&
-                  back.skipped_in_a_row == s.skipped_in_a_row && back.param_hash == checkpoint_param_hash(&a),
+                  back.skipped_in_a_row == s.skipped_in_a_row && back.param_hash == checkpoint_param_hash(&a, &files_alone),
                   "the state came back otherwise");
             ((float **)b.self)[FOX_PARAMS][b.table.tensors[1].offset] += 1;
-            check(t, checkpoint_param_hash(&b) != back.param_hash, "the hash does not see a changed parameter");
+            check(t, checkpoint_param_hash(&b, &files_alone) != back.param_hash, "the hash does not see a changed parameter");
             files_fake_close(&b);
         }
         files_fake_close(&a);
@@ -536,7 +549,6 @@ static void files_write_moments(const char *dir, int index, int of, const Backen
     static const int ndim[] = {1, 1};
     const int64_t shapes[2][2] = {{count, 1}, {count, 1}};
     float *data[2] = {((float **)b->self)[FOX_ADAM_M] + start, ((float **)b->self)[FOX_ADAM_V] + start};
-    FilesArrays arrays = {data};
     char path[1100], numbers[3][32], layout[64];
     /* the layout's hash, from the file that checkpoint_save wrote */
     SafeTensors st;
@@ -554,7 +566,7 @@ static void files_write_moments(const char *dir, int index, int of, const Backen
                                     numbers[2], "layout",   layout,   NULL};
     snprintf(path, sizeof path, "%s/optimizer-%05d-of-%05d.safetensors", dir, index, of);
     FoxError err = {""};
-    if (!safetensors_write(path, 2, names, ndim, shapes, metadata, files_source, &arrays, &err)) {
+    if (!files_write_tensors(path, 2, names, ndim, shapes, metadata, data, &err)) {
         fox_die("%s", err.text);
     }
 }
@@ -636,17 +648,17 @@ static void test_checkpoint_shards(Tests *t, FilesRandom *r) {
     free(index);
     b = files_fake_open(&c);
     err.text[0] = '\0';
-    check(t, checkpoint_load_model(checkpoint, &b, &err) && files_fake_same(&a, &b, FOX_PARAMS), "a sharded model: %s",
+    check(t, checkpoint_load_model(checkpoint, &b, &files_alone, &err) && files_fake_same(&a, &b, FOX_PARAMS), "a sharded model: %s",
           err.text);
     files_replace(path, "model-00001-of-00002.safetensors", "../model-00001-of-00002.safetensors");
-    files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "same directory", "a file name with a path");
+    files_failed(t, checkpoint_load_model(checkpoint, &b, &files_alone, &err), &err, "same directory", "a file name with a path");
     files_write_text(path, "{\"weight_map\":{\"lm_head.weight\":\"model-00001-of-00002.safetensors\"}}");
     err.text[0] = '\0';
-    files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "is missing",
+    files_failed(t, checkpoint_load_model(checkpoint, &b, &files_alone, &err), &err, "is missing",
                  "an index without the second file");
     files_write_text(path, "{\"weight_map\":[]}");
     err.text[0] = '\0';
-    files_failed(t, checkpoint_load_model(checkpoint, &b, &err), &err, "no weight_map", "an index without a map");
+    files_failed(t, checkpoint_load_model(checkpoint, &b, &files_alone, &err), &err, "no weight_map", "an index without a map");
     files_fake_close(&a);
     files_fake_close(&b);
 }

@@ -45,6 +45,8 @@ static const OptionCase option_numbers[] = {
     {"seed", 0, "0", "0", "9223372036854775807", "-1", "9223372036854775808"},
     {"log-tolerance", 0, "-10", "-100", "-0.1", "-100.5", "-0.09"},
     {"recompute", 'r', "0", "0", "2", "-1", "3"},
+    {"zero", 'z', "1", "0", "1", "-1", "2"},
+    {"hang-timeout", 0, "40", "0", "1000000", "-1", "1000001"},
     {"checkpoint-every", 'n', "1000", "0", "1000000000", "-1", "1000000001"},
     {"keep", 0, "3", "0", "1000000", "-1", "1000001"},
     {"val-every", 'v', "250", "0", "1000000000", "-1", "1000000001"},
@@ -67,6 +69,7 @@ static const OptionCase option_words[] = {
     {"model", 'e', "\"fox-pro-125m\"", "fox-pro-tiny", "out/step_00000010", "''", NULL},
     {"sample-prompt", 0, "\"\"", "Once", "-dash", NULL, NULL},
     {"acp", 0, "\"paper\"", "off", "tight", "on", "paper|tight"},
+    {"grad-dtype", 0, "\"float32\"", "bf16", "float32", "fp32", "0"},
     {"device", 0, "\"auto\"", "cpu", "cuda", "gpu", "''"},
 };
 
@@ -227,7 +230,7 @@ static void options_test_forms(Tests *t) {
     options_check_bad(t, "data2", "unexpected argument 'data2'", "");
     options_check_bad(t, "-T 5 6", "unexpected argument '6'", "");
     options_check_bad(t, "''", "unexpected argument ''", "");
-    options_check_bad(t, "--zero 1", "unknown option --zero", ""); /* not before it exists */
+    options_check_bad(t, "--zeros 1", "unknown option --zero", "");
     options_check_bad(t, "-i ''", "no data", "-i");
 
     char words[1024], huge[900];

@@ -824,7 +824,7 @@ static void test_run_ranks(Tests *t, const RunFixture *f) {
     int code = run_mpi(f, 2, command);
     char *text = run_output(f, "stderr");
     check(t,
-          code != 0 && run_count(text, "train_fox: error: rank 0: ") == 1 && run_count(text, "train_fox: error: ") == 1,
+          code != 0 && run_count(text, "train_fox: error: rank 0 (") == 1 && run_count(text, "train_fox: error: ") == 1,
           "a mistake on 2 ranks: one error line, found code %d: %s", code, text);
     free(text);
 }

@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #define PATH_SIZE 1024
-#define PIECE 262144 /* floats moved between a file and the back end at a time */
+#define PIECE 262144 /* floats moved between a file and the back end at a time; a multiple of PARTITION_GRAIN */
 #define MODEL_TYPE "forgetting_transformer-project_fox"
 #define BASELINE_TYPE "transformer-project_fox" /* the official Transformer (LLaMA): the same tensors, RoPE, no gate */
 
@@ -298,24 +298,28 @@ static bool check_tensor(const SafeTensors *st, const SafeTensor *t, const FoxTe
            fox_fail(err, "%s: tensor %s has dtype %s, expected F32, BF16 or F16", st->path, t->name, t->dtype);
 }
 
-/* Copies `count` floats of tensor t, from its beginning, to a buffer of the back end at `offset`. */
-static bool load_floats(const SafeTensors *st, const SafeTensor *t, Backend *backend, FoxBuffer buffer, int64_t offset,
-                        FoxError *err) {
-    float *piece = FOX_NEW(float, t->count < PIECE ? t->count : PIECE);
+/* Copies `count` floats from `from` of tensor t to a buffer of the back end at `offset`, and adds them to
+ * *hash (NULL: not wanted). */
+static bool load_floats(const SafeTensors *st, const SafeTensor *t, int64_t from, int64_t count, Backend *backend, FoxBuffer buffer,
+                        int64_t offset, uint64_t *hash, FoxError *err) {
+    float *values = FOX_NEW(float, fox_min64(count, PIECE));
     bool ok = true;
-    for (int64_t start = 0; ok && start < t->count; start += PIECE) {
-        int64_t n = t->count - start < PIECE ? t->count - start : PIECE;
-        ok = safetensors_read_float(st, t, start, n, piece, err);
+    for (int64_t done = 0; ok && done < count; done += PIECE) {
+        int64_t n = fox_min64(count - done, PIECE);
+        ok = safetensors_read_float(st, t, from + done, n, values, err);
         if (ok) {
-            backend->write(backend, buffer, offset + start, n, piece);
+            backend->write(backend, buffer, offset + done, n, values);
+        }
+        if (ok && hash != NULL) {
+            *hash = fox_hash(*hash, values, sizeof(float) * (size_t)n);
         }
     }
-    free(piece);
+    free(values);
     return ok;
 }
 
 /* Loads every tensor of one file and marks it in `loaded`. */
-static bool load_model_file(const char *path, Backend *backend, bool *loaded, FoxError *err) {
+static bool load_model_file(const char *path, Backend *backend, bool *loaded, uint64_t *hash, FoxError *err) {
     const FoxTable *table = &backend->table;
     SafeTensors st;
     if (!safetensors_open(path, &st, err)) {
@@ -331,7 +335,7 @@ static bool load_model_file(const char *path, Backend *backend, bool *loaded, Fo
             ok = fox_fail(err, "%s: tensor %s was in another file of this checkpoint already", path, t->name);
         } else {
             ok = check_tensor(&st, t, &table->tensors[index], err) &&
-                 load_floats(&st, t, backend, FOX_PARAMS, table->tensors[index].offset, err);
+                 load_floats(&st, t, 0, t->count, backend, FOX_PARAMS, table->tensors[index].offset, hash, err);
             loaded[index] = true;
         }
     }
@@ -345,7 +349,7 @@ static int compare_strings(const void *a, const void *b) {
 
 /* Loads the files that the index of a sharded checkpoint names, each once. */
 static bool load_model_shards(const char *dir, const Json *root, const char *what, Backend *backend, bool *loaded,
-                              FoxError *err) {
+                              uint64_t *hash, FoxError *err) {
     const Json *map = json_get(root, "weight_map");
     if (map == NULL || map->type != JSON_OBJECT || map->count == 0) {
         return fox_fail(err, "%s: has no weight_map of tensor names to file names", what);
@@ -364,14 +368,15 @@ static bool load_model_shards(const char *dir, const Json *root, const char *wha
     for (int i = 0; ok && i < count; i++) {
         char path[PATH_SIZE];
         if (i == 0 || strcmp(names[i - 1], names[i]) != 0) {
-            ok = join(path, dir, names[i], err) && load_model_file(path, backend, loaded, err);
+            ok = join(path, dir, names[i], err) && load_model_file(path, backend, loaded, hash, err);
         }
     }
     free(names);
     return ok;
 }
 
-bool checkpoint_load_model(const char *dir, Backend *backend, FoxError *err) {
+/* *hash: of what was read. */
+static bool load_model(const char *dir, Backend *backend, uint64_t *hash, FoxError *err) {
     char path[PATH_SIZE], index_path[PATH_SIZE];
     if (!join(path, dir, "model.safetensors", err) || !join(index_path, dir, "model.safetensors.index.json", err)) {
         return false;
@@ -381,9 +386,9 @@ bool checkpoint_load_model(const char *dir, Backend *backend, FoxError *err) {
     JsonDocument index;
     bool ok;
     if (access(path, F_OK) == 0 || access(index_path, F_OK) != 0) {
-        ok = load_model_file(path, backend, loaded, err);
+        ok = load_model_file(path, backend, loaded, hash, err);
     } else if ((ok = json_parse_file(index_path, &index, err))) {
-        ok = load_model_shards(dir, index.root, index_path, backend, loaded, err);
+        ok = load_model_shards(dir, index.root, index_path, backend, loaded, hash, err);
         json_free(&index);
     }
     for (int i = 0; ok && i < table->count; i++) {
@@ -396,19 +401,60 @@ bool checkpoint_load_model(const char *dir, Backend *backend, FoxError *err) {
     return ok;
 }
 
-uint64_t checkpoint_param_hash(Backend *backend) {
-    float *piece = FOX_NEW(float, PIECE);
+bool checkpoint_load_model(const char *dir, Backend *backend, const Ranks *ranks, FoxError *err) {
     uint64_t hash = 0;
-    for (int i = 0; i < backend->table.count; i++) {
-        const FoxTensor *t = &backend->table.tensors[i];
-        for (int64_t start = 0; start < t->size; start += PIECE) {
-            int64_t n = t->size - start < PIECE ? t->size - start : PIECE;
-            backend->read(backend, FOX_PARAMS, t->offset + start, n, piece);
-            hash = fox_hash(hash, piece, sizeof(float) * (size_t)n);
+    if (!ranks_everyone(ranks, load_model(dir, backend, &hash, err), err)) {
+        return false;
+    }
+    return ranks_everyone(ranks, ranks_agree(ranks, hash) ||
+                          fox_fail(err, "%s: the ranks read different weights there; is the folder the same for all of them?", dir), err);
+}
+
+/* Of one grain of the flat space, or less of the last one; grains add up in any order. */
+static uint64_t hash_grains(int64_t start, int64_t count, const float *values) {
+    uint64_t hash = 0;
+    for (int64_t done = 0; done < count; done += PARTITION_GRAIN) {
+        int64_t n = fox_min64(count - done, PARTITION_GRAIN);
+        hash += fox_hash((uint64_t)(start + done) + 1, values + done, sizeof(float) * (size_t)n);
+    }
+    return hash;
+}
+
+/* The sum over the ranks. */
+static uint64_t sum_hashes(const Ranks *ranks, uint64_t mine) {
+    uint64_t *all = FOX_NEW(uint64_t, ranks->size), sum = 0;
+    all[ranks->rank] = mine;
+    ranks_gather(ranks, all, sizeof mine);
+    for (int r = 0; r < ranks->size; r++) {
+        sum += all[r];
+    }
+    free(all);
+    return sum;
+}
+
+/* Of the part of the parameters that `rank` owns. */
+static uint64_t hash_share(Backend *backend, const Partition *p, int rank) {
+    float *values = FOX_NEW(float, PIECE);
+    uint64_t hash = 0;
+    for (int k = 0; k < p->buckets; k++) {
+        Piece piece = partition_piece(p, k, rank);
+        for (int64_t done = 0; done < piece.count; done += PIECE) {
+            int64_t n = fox_min64(piece.count - done, PIECE);
+            backend->read(backend, FOX_PARAMS, piece.start + done, n, values);
+            hash += hash_grains(piece.start + done, n, values);
         }
     }
-    free(piece);
+    free(values);
     return hash;
+}
+
+uint64_t checkpoint_param_hash(Backend *backend, const Ranks *ranks) {
+    return sum_hashes(ranks, hash_share(backend, &backend->partition, ranks->rank));
+}
+
+bool checkpoint_same_params(Backend *backend, const Ranks *ranks) {
+    Partition everything = partition_create(backend->table.total, 1);
+    return !backend->whole_params || ranks_agree(ranks, hash_share(backend, &everything, 0));
 }
 
 /* ---- the state --------------------------------------------------------------------------------------------------- */
@@ -527,6 +573,8 @@ static bool optimizer_path(char path[PATH_SIZE], const char *dir, int64_t index,
     return join(path, dir, name, err);
 }
 
+static const char *const moment_names[] = {"exp_avg", "exp_avg_sq"};
+
 /* A decimal number in the metadata. */
 static bool metadata_count(const SafeTensors *st, const char *key, int64_t *out, FoxError *err) {
     const char *s = safetensors_metadata(st, key);
@@ -540,7 +588,6 @@ static bool metadata_count(const SafeTensors *st, const char *key, int64_t *out,
 
 /* Loads the moments of one open file, which must begin at *at of the flat space, and moves *at to its end. */
 static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, FoxError *err) {
-    static const char *const names[] = {"exp_avg", "exp_avg_sq"};
     int64_t start = 0, length = 0, total = 0;
     if (!metadata_count(st, "start", &start, err) || !metadata_count(st, "length", &length, err) ||
         !metadata_count(st, "total", &total, err)) {
@@ -558,13 +605,17 @@ static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, F
                         " and up to %" PRId64, st->path, length, start, *at, total);
     }
     for (int i = 0; i < 2; i++) {
-        const SafeTensor *t = safetensors_find(st, names[i]);
+        const SafeTensor *t = safetensors_find(st, moment_names[i]);
         if (t == NULL || t->ndim != 1 || t->count != length || strcmp(t->dtype, "F32") != 0) {
             return fox_fail(err, "%s: expected a tensor %s of shape [%" PRId64 "] and dtype F32, found %s", st->path,
-                            names[i], length, t == NULL ? "none" : "another shape or dtype");
+                            moment_names[i], length, t == NULL ? "none" : "another shape or dtype");
         }
-        if (!load_floats(st, t, backend, i == 0 ? FOX_ADAM_M : FOX_ADAM_V, start, err)) {
-            return false;
+        for (int k = 0; k < backend->owned.buckets; k++) {
+            Piece piece = partition_within(backend_piece(backend, k), start, length);
+            if (!load_floats(st, t, piece.start - start, piece.count, backend, i == 0 ? FOX_ADAM_M : FOX_ADAM_V, piece.start,
+                             NULL, err)) {
+                return false;
+            }
         }
     }
     *at = start + length;
@@ -590,30 +641,23 @@ static bool load_optimizer(const char *dir, int64_t files, Backend *backend, Fox
                     backend->table.total);
 }
 
-bool checkpoint_load_state(const char *dir, Backend *backend, TrainState *state, FoxError *err) {
+bool checkpoint_load_state(const char *dir, Backend *backend, const Ranks *ranks, TrainState *state, FoxError *err) {
     int64_t files;
-    if (!read_state(dir, state, &files, err) || !load_optimizer(dir, files, backend, err)) {
+    bool ok = read_state(dir, state, &files, err) && load_optimizer(dir, files, backend, err);
+    if (!ranks_everyone(ranks, ok, err)) {
         return false;
     }
-    uint64_t hash = checkpoint_param_hash(backend);
-    return hash == state->param_hash ||
-           fox_fail(err, "%s: the parameters have hash %016" PRIx64 ", state.json says %016" PRIx64
-                    ": the checkpoint is damaged", dir, hash, state->param_hash);
+    if (!ranks_agree(ranks, fox_hash(state->param_hash, &state->step, sizeof state->step))) {
+        return ranks_everyone(ranks, fox_fail(err, "%s: the ranks found different checkpoints there; is the folder the same for all of "
+                                              "them?", dir), err);
+    }
+    uint64_t hash = checkpoint_param_hash(backend, ranks);
+    return ranks_everyone(ranks, hash == state->param_hash ||
+                          fox_fail(err, "%s: the parameters have hash %016" PRIx64 ", state.json says %016" PRIx64
+                                   ": the checkpoint is damaged", dir, hash, state->param_hash), err);
 }
 
 /* ---- saving ------------------------------------------------------------------------------------------------------ */
-
-static bool model_source(void *context, int index, int64_t start, int64_t count, float *out) {
-    Backend *backend = (Backend *)context;
-    backend->read(backend, FOX_PARAMS, backend->table.tensors[index].offset + start, count, out);
-    return true;
-}
-
-static bool moments_source(void *context, int index, int64_t start, int64_t count, float *out) {
-    Backend *backend = (Backend *)context;
-    backend->read(backend, index == 0 ? FOX_ADAM_M : FOX_ADAM_V, start, count, out);
-    return true;
-}
 
 static bool write_config(const char *dir, const Backend *backend, FoxError *err) {
     char path[PATH_SIZE];
@@ -628,13 +672,8 @@ static bool write_config(const char *dir, const Backend *backend, FoxError *err)
     return file_finish(out, path, err);
 }
 
-static bool write_model(const char *dir, Backend *backend, FoxError *err) {
+static bool create_model(const char *path, const FoxTable *table, FoxError *err) {
     static const char *const metadata[] = {"format", "pt", NULL};
-    char path[PATH_SIZE];
-    if (!join(path, dir, "model.safetensors", err)) {
-        return false;
-    }
-    const FoxTable *table = &backend->table;
     const char **names = FOX_NEW(const char *, table->count);
     int *ndim = FOX_NEW(int, table->count);
     int64_t(*shapes)[2] = (int64_t(*)[2])fox_alloc(sizeof *shapes * (size_t)table->count);
@@ -643,30 +682,21 @@ static bool write_model(const char *dir, Backend *backend, FoxError *err) {
         ndim[i] = table->tensors[i].ndim;
         memcpy(shapes[i], table->tensors[i].shape, sizeof shapes[i]);
     }
-    bool ok = safetensors_write(path, table->count, names, ndim, (const int64_t(*)[2])shapes, metadata, model_source,
-                                backend, err);
+    bool ok = safetensors_create(path, table->count, names, ndim, (const int64_t(*)[2])shapes, metadata, err);
     free(names);
     free(ndim);
     free(shapes);
     return ok;
 }
 
-static bool write_optimizer(const char *dir, Backend *backend, FoxError *err) {
-    static const char *const names[] = {"exp_avg", "exp_avg_sq"};
+static bool create_optimizer(const char *path, const FoxTable *table, FoxError *err) {
     static const int ndim[] = {1, 1};
-    int64_t total = backend->table.total;
-    const int64_t shapes[2][2] = {{total, 1}, {total, 1}};
-    char path[PATH_SIZE], length[32], layout[32];
-    snprintf(length, sizeof length, "%" PRId64, total);
-    snprintf(layout, sizeof layout, "%016" PRIx64, layout_hash(&backend->table));
+    const int64_t shapes[2][2] = {{table->total, 1}, {table->total, 1}};
+    char length[32], layout[32];
+    snprintf(length, sizeof length, "%" PRId64, table->total);
+    snprintf(layout, sizeof layout, "%016" PRIx64, layout_hash(table));
     const char *const metadata[] = {"start", "0", "length", length, "total", length, "layout", layout, NULL};
-    return optimizer_path(path, dir, 0, 1, err) &&
-           safetensors_write(path, 2, names, ndim, shapes, metadata, moments_source, backend, err);
-}
-
-static bool write_all(const char *dir, Backend *backend, const TrainState *state, const char *settings, FoxError *err) {
-    return write_config(dir, backend, err) && write_model(dir, backend, err) && write_optimizer(dir, backend, err) &&
-           write_state(dir, state, checkpoint_param_hash(backend), settings, err) && sync_directory(dir, err);
+    return safetensors_create(path, 2, moment_names, ndim, shapes, metadata, err);
 }
 
 static bool exists(const char *path) {
@@ -717,29 +747,153 @@ static bool publish(const char *tmp, const char *final, const char *old, FoxErro
     return true;
 }
 
-/* The work of rank 0. */
-static bool save(const char *out_dir, Backend *backend, const TrainState *state, const char *settings, FoxError *err) {
-    char tmp[PATH_SIZE], final[PATH_SIZE], old[PATH_SIZE], name[64];
-    snprintf(name, sizeof name, "tmp_step_%08" PRId64, state->step);
-    if (!join(tmp, out_dir, name, err) || !join(final, out_dir, name + 4, err)) {
+/* The names a checkpoint has in its life: while it is written, whole, and while a new one of the same step replaces it. */
+typedef struct Names {
+    char tmp[PATH_SIZE], final[PATH_SIZE], old[PATH_SIZE];
+} Names;
+
+static bool names_of(Names *n, const char *out_dir, int64_t step, FoxError *err) {
+    char name[64];
+    snprintf(name, sizeof name, "tmp_step_%08" PRId64, step);
+    if (!join(n->tmp, out_dir, name, err) || !join(n->final, out_dir, name + 4, err)) {
         return false;
     }
     memcpy(name, "old", 3);
-    if (!join(old, out_dir, name, err) || !make_directories(out_dir, err) || !remove_leftover(tmp, err)) {
+    return join(n->old, out_dir, name, err);
+}
+
+static bool data_paths(const char *dir, char model[PATH_SIZE], char optimizer[PATH_SIZE], FoxError *err) {
+    return join(model, dir, "model.safetensors", err) && optimizer_path(optimizer, dir, 0, 1, err);
+}
+
+/* Rank 0 makes the files, with room for everybody's part. */
+static bool create_files(const CheckpointWriter *w, FoxError *err) {
+    Names n;
+    char model[PATH_SIZE], optimizer[PATH_SIZE];
+    if (!names_of(&n, w->out_dir, w->state.step, err) || !make_directories(w->out_dir, err) || !remove_leftover(n.tmp, err)) {
         return false;
     }
-    if (mkdir(tmp, 0777) != 0) {
-        return fox_fail(err, "%s: cannot create the directory: %s", tmp, strerror(errno));
+    if (mkdir(n.tmp, 0777) != 0) {
+        return fox_fail(err, "%s: cannot create the directory: %s", n.tmp, strerror(errno));
     }
-    if (!write_all(tmp, backend, state, settings, err) || !publish(tmp, final, old, err)) {
-        remove_directory(tmp);
+    return write_config(n.tmp, w->backend, err) && data_paths(n.tmp, model, optimizer, err) &&
+           create_model(model, &w->backend->table, err) && create_optimizer(optimizer, &w->backend->table, err);
+}
+
+static bool open_files(CheckpointWriter *w, FoxError *err) {
+    Names n;
+    char model[PATH_SIZE], optimizer[PATH_SIZE];
+    if (!names_of(&n, w->out_dir, w->state.step, err) || !data_paths(n.tmp, model, optimizer, err)) {
         return false;
     }
-    if (!sync_directory(out_dir, err)) {
+    if (access(model, F_OK) != 0) {
+        return fox_fail(err, "%s: what rank 0 created there is not seen by rank %d; -o must be a folder that all machines share", n.tmp,
+                        w->ranks->rank);
+    }
+    if (!safetensors_edit(model, &w->model, err)) {
         return false;
     }
-    if (holds_only_ours(old)) {
-        remove_directory(old); // only now: until the rename is on the disk a power cut may bring the old name back
+    if (!safetensors_edit(optimizer, &w->optimizer, err)) {
+        safetensors_close(&w->model);
+        return false;
+    }
+    return true;
+}
+
+static void close_files(CheckpointWriter *w) {
+    safetensors_close(&w->model);
+    safetensors_close(&w->optimizer);
+}
+
+/* A checkpoint that did not come about. */
+static void discard_files(const CheckpointWriter *w) {
+    Names n;
+    if (w->ranks->rank == 0 && names_of(&n, w->out_dir, w->state.step, NULL)) {
+        remove_directory(n.tmp);
+    }
+}
+
+/* This rank's share of one of the three arrays. */
+static float *copy_of(const CheckpointWriter *w, FoxBuffer buffer) {
+    int64_t share = partition_share(&w->backend->partition);
+    return w->copy + (buffer == FOX_PARAMS ? 0 : buffer == FOX_ADAM_M ? share : 2 * share);
+}
+
+static void copy_state(CheckpointWriter *w) {
+    static const FoxBuffer buffers[] = {FOX_PARAMS, FOX_ADAM_M, FOX_ADAM_V};
+    Backend *b = w->backend;
+    for (int i = 0; i < 3; i++) {
+        for (int k = 0; k < b->partition.buckets; k++) {
+            Piece piece = partition_piece(&b->partition, k, w->ranks->rank);
+            if (piece.count > 0) {
+                b->read(b, buffers[i], piece.start, piece.count, copy_of(w, buffers[i]) + piece.local);
+            }
+        }
+    }
+}
+
+/* A piece of the parameters into the tensors it lies in. */
+static bool write_params(CheckpointWriter *w, Piece piece, FoxError *err) {
+    const FoxTable *table = &w->backend->table;
+    for (int i = 0; i < table->count; i++) {
+        const FoxTensor *tensor = &table->tensors[i];
+        Piece part = partition_within(piece, tensor->offset, tensor->size);
+        const SafeTensor *t = part.count > 0 ? safetensors_find(&w->model, tensor->name) : NULL;
+        if (t != NULL && !safetensors_write_float(&w->model, t, part.start - tensor->offset, part.count,
+                                                  copy_of(w, FOX_PARAMS) + part.local, err)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* This rank's part of the checkpoint, from the copy to the disk; *hash: of its parameters. */
+static bool write_part(CheckpointWriter *w, uint64_t *hash, FoxError *err) {
+    const Partition *p = &w->backend->partition;
+    *hash = 0;
+    for (int k = 0; k < p->buckets; k++) {
+        Piece piece = partition_piece(p, k, w->ranks->rank);
+        *hash += hash_grains(piece.start, piece.count, copy_of(w, FOX_PARAMS) + piece.local);
+        if (!write_params(w, piece, err)) {
+            return false;
+        }
+        for (int i = 0; i < 2; i++) {
+            const float *moments = copy_of(w, i == 0 ? FOX_ADAM_M : FOX_ADAM_V) + piece.local;
+            const SafeTensor *t = safetensors_find(&w->optimizer, moment_names[i]);
+            if (!safetensors_write_float(&w->optimizer, t, piece.start, piece.count, moments, err)) {
+                return false;
+            }
+        }
+    }
+    return safetensors_sync(&w->model, err) && safetensors_sync(&w->optimizer, err);
+}
+
+static void *write_in_thread(void *context) {
+    CheckpointWriter *w = (CheckpointWriter *)context;
+    FoxError why;
+    uint64_t hash;
+    double start = fox_now();
+    why.text[0] = '\0';
+    bool ok = write_part(w, &hash, &why);
+    pthread_mutex_lock(&w->mutex);
+    w->ok = ok;
+    w->why = why;
+    w->hash = hash;
+    w->seconds = fox_now() - start;
+    w->written = true;
+    pthread_mutex_unlock(&w->mutex);
+    return NULL;
+}
+
+/* Rank 0, when all parts are written: the last file, then the name. */
+static bool publish_files(const CheckpointWriter *w, uint64_t hash, FoxError *err) {
+    Names n;
+    if (!names_of(&n, w->out_dir, w->state.step, err) || !write_state(n.tmp, &w->state, hash, w->settings, err) ||
+        !sync_directory(n.tmp, err) || !publish(n.tmp, n.final, n.old, err) || !sync_directory(w->out_dir, err)) {
+        return false;
+    }
+    if (holds_only_ours(n.old)) {
+        remove_directory(n.old); // only now: until the rename is on the disk a power cut may bring the old name back
     }
     return true;
 }
@@ -754,27 +908,98 @@ static bool check_settings(const char *settings, FoxError *err) {
     return ok;
 }
 
+bool checkpoint_open(CheckpointWriter *w, const char *out_dir, Backend *backend, const Ranks *ranks, const char *settings,
+                     FoxError *err) {
+    memset(w, 0, sizeof *w);
+    w->backend = backend;
+    w->ranks = ranks;
+    w->out_dir = out_dir;
+    w->settings = settings != NULL ? settings : "{}";
+    int64_t bytes = 3 * (int64_t)sizeof(float) * partition_share(&backend->partition);
+    bool ok = check_settings(w->settings, err);
+    if (ok && (w->copy = (float *)backend->allocate_host(backend, bytes)) == NULL) {
+        ok = fox_fail(err, "checkpoints need %.1f GiB of main memory on every rank, for the copy that is written while training goes on; "
+                      "this machine has not so much free", (double)bytes / 0x1p30);
+    }
+    pthread_mutex_init(&w->mutex, NULL);
+    return ranks_everyone(ranks, ok, err);
+}
+
+bool checkpoint_begin(CheckpointWriter *w, const TrainState *state, FoxError *err) {
+    double start = fox_now();
+    w->state = *state;
+    bool ok = ranks_everyone(w->ranks, w->ranks->rank != 0 || create_files(w, err), err);
+    if (ok) {
+        bool opened = open_files(w, err);
+        ok = ranks_everyone(w->ranks, opened, err);
+        if (opened && !ok) {
+            close_files(w);
+        }
+    }
+    if (!ok) {
+        discard_files(w);
+        return false;
+    }
+    copy_state(w);
+    w->written = false;
+    if (pthread_create(&w->thread, NULL, write_in_thread, w) != 0) {
+        fox_die("the thread that writes checkpoints cannot be started: %s", strerror(errno));
+    }
+    w->busy = true;
+    w->stall = fox_now() - start;
+    return true;
+}
+
+bool checkpoint_written(CheckpointWriter *w) {
+    pthread_mutex_lock(&w->mutex);
+    bool written = w->written;
+    pthread_mutex_unlock(&w->mutex);
+    return written;
+}
+
+bool checkpoint_finish(CheckpointWriter *w, FoxError *err) {
+    double start = fox_now();
+    pthread_join(w->thread, NULL);
+    w->busy = false;
+    close_files(w);
+    bool ok = ranks_everyone(w->ranks, w->ok || fox_fail(err, "%s", w->why.text), err);
+    if (ok) {
+        uint64_t hash = sum_hashes(w->ranks, w->hash);
+        ok = ranks_everyone(w->ranks, w->ranks->rank != 0 || publish_files(w, hash, err), err);
+    }
+    if (!ok) {
+        discard_files(w);
+    }
+    w->stall += fox_now() - start;
+    return ok;
+}
+
+void checkpoint_close(CheckpointWriter *w) {
+    if (w->backend == NULL) {
+        return;
+    }
+    if (w->busy) {
+        pthread_join(w->thread, NULL);
+        close_files(w);
+        discard_files(w);
+    }
+    pthread_mutex_destroy(&w->mutex);
+    w->backend->free_host(w->backend, w->copy);
+    memset(w, 0, sizeof *w);
+}
+
 bool checkpoint_save(const char *out_dir, Backend *backend, const Ranks *ranks, const TrainState *state,
                      const char *settings, char path[1024], FoxError *err) {
-    struct {
-        bool ok;
-        FoxError why;
-    } result;
-    memset(&result, 0, sizeof result);
-    if (ranks->rank == 0) {
-        settings = settings != NULL ? settings : "{}";
-        result.ok = check_settings(settings, &result.why) && save(out_dir, backend, state, settings, &result.why);
+    CheckpointWriter w;
+    Names n;
+    bool ok = checkpoint_open(&w, out_dir, backend, ranks, settings, err) && checkpoint_begin(&w, state, err) &&
+              checkpoint_finish(&w, err);
+    checkpoint_close(&w);
+    if (ok && path != NULL) {
+        ok = names_of(&n, out_dir, state->step, err);
+        snprintf(path, 1024, "%s", n.final);
     }
-    ranks_broadcast(ranks, &result, sizeof result);
-    if (!result.ok) {
-        return fox_fail(err, "%s", result.why.text);
-    }
-    if (path != NULL) {
-        char name[64];
-        snprintf(name, sizeof name, "step_%08" PRId64, state->step);
-        return join(path, out_dir, name, err);
-    }
-    return true;
+    return ok;
 }
 
 /* ---- the directory of checkpoints -------------------------------------------------------------------------------- */

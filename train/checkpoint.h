@@ -4,13 +4,17 @@
  *                     model.safetensors        float32 master weights under the official names
  *                     optimizer-00000-of-00001.safetensors   "exp_avg", "exp_avg_sq": a range of the flat space;
  *                                              its start, length, total and the layout's hash in the metadata. Several
- *                                              files share the space in the order of their numbers
+ *                                              files, from elsewhere, share the space in the order of their numbers
  *                     state.json               step, tokens, data position, options of the run; numbers of 64 bits
  *                                              without sign as hexadecimal strings
  *
  * A checkpoint is written whole into OUT/tmp_step_..., synced, then renamed: a reader sees a whole one or none. One
  * that stands there already under the same name is first renamed to OUT/old_step_..., which counts as a checkpoint as
- * long as it exists, so that a kill between the two renames loses nothing. A directory holding only config.json and
+ * long as it exists, so that a kill between the two renames loses nothing.
+ *
+ * Several ranks write the same files at the same time, each what it owns of the flat space (train/partition.h), and read
+ * what they need: nothing in a checkpoint depends on their number. They need a folder that all of them share. Writing takes
+ * two steps: the state is copied to main memory, and a thread brings it to the disk while training goes on. A directory holding only config.json and
  * model.safetensors (an official one) loads as a model, not as a run. */
 #ifndef FOX_CHECKPOINT_H
 #define FOX_CHECKPOINT_H
@@ -19,6 +23,8 @@
 #include "json.h"
 #include "ranks.h"
 #include "safetensors.h"
+
+#include <pthread.h>
 
 /* Where a run stands; everything needed to continue it exactly. */
 typedef struct TrainState {
@@ -44,16 +50,46 @@ bool checkpoint_config_from_metadata(const SafeTensors *, FoxConfig *, FoxError 
 void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance);
 
 /* Loads model.safetensors into the back end's parameters. Every tensor of the table must be there with its shape, and
- * no other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too. */
-bool checkpoint_load_model(const char *dir, Backend *, FoxError *);
+ * no other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too.
+ * Collective: fails when the ranks found different weights there. */
+bool checkpoint_load_model(const char *dir, Backend *, const Ranks *, FoxError *);
 
-/* Loads the optimizer's moments and state.json, after checkpoint_load_model. Fails when the directory holds only a
+/* Loads the optimizer's moments and state.json, after checkpoint_load_model. Collective. Fails when the directory holds only a
  * model, and when the back end's parameters are not the ones the state was saved with. */
-bool checkpoint_load_state(const char *dir, Backend *, TrainState *, FoxError *);
+bool checkpoint_load_state(const char *dir, Backend *, const Ranks *, TrainState *, FoxError *);
 
-/* Writes OUT/step_%08d whole or not at all, all ranks together (rank 0 writes, all get its result). `settings` is a
- * JSON object of the run's options, kept in state.json for the reader (NULL: none). On failure the message says why, the
- * temporary directory is gone and earlier checkpoints stand. Fills path (may be NULL) with the directory's name. */
+/* Writes checkpoints beside training. Collective but for checkpoint_written. */
+typedef struct CheckpointWriter {
+    Backend *backend;
+    const Ranks *ranks;
+    const char *out_dir, *settings;
+    float *copy; /* [3, share]: this rank's parameters, exp_avg and exp_avg_sq */
+    bool busy;   /* between checkpoint_begin and checkpoint_finish */
+    double stall, seconds; /* of the last checkpoint: what the caller waited for it in all, what the thread took */
+
+    TrainState state;
+    SafeTensors model, optimizer;
+    pthread_t thread;
+    pthread_mutex_t mutex; /* guards what follows */
+    bool written, ok;
+    FoxError why;
+    uint64_t hash; /* of this rank's part of the parameters */
+} CheckpointWriter;
+
+/* Takes the main memory for the copy: three floats a parameter, over all ranks. `settings` is a JSON object of the run's
+ * options, kept in state.json for the reader (NULL: none). Both strings must outlive the writer. */
+bool checkpoint_open(CheckpointWriter *, const char *out_dir, Backend *, const Ranks *, const char *settings, FoxError *);
+/* Copies the state and begins to write OUT/step_%08d. Not while busy. */
+bool checkpoint_begin(CheckpointWriter *, const TrainState *, FoxError *);
+/* True when this rank has written its part, well or not: checkpoint_finish would not wait for it. */
+bool checkpoint_written(CheckpointWriter *);
+/* Waits for all parts and gives the directory its name: it is there whole, or not at all. On failure the message (on one
+ * rank) says why, the temporary directory is gone and earlier checkpoints stand. */
+bool checkpoint_finish(CheckpointWriter *, FoxError *);
+/* Waits for the thread, throws an unfinished checkpoint away, frees everything. Safe on a zeroed writer. Not collective. */
+void checkpoint_close(CheckpointWriter *);
+
+/* All of it at once. Fills path (may be NULL) with the directory's name. */
 bool checkpoint_save(const char *out_dir, Backend *, const Ranks *, const TrainState *, const char *settings,
                      char path[1024], FoxError *);
 
@@ -66,7 +102,9 @@ bool checkpoint_latest(const char *out_dir, char path[1024], FoxError *);
  * directories of exactly the form this program writes are touched: one that holds any other file stays. */
 void checkpoint_prune(const char *out_dir, int keep);
 
-/* Hash of the parameters in the order of the table. */
-uint64_t checkpoint_param_hash(Backend *);
+/* Hash of the parameters, the same for any number of ranks; each adds what it owns. Collective. */
+uint64_t checkpoint_param_hash(Backend *, const Ranks *);
+/* True on every rank when all hold the same parameters; also where each holds only its share. Collective. */
+bool checkpoint_same_params(Backend *, const Ranks *);
 
 #endif

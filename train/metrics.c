@@ -150,6 +150,16 @@ void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss) {
     }
 }
 
+void metrics_checkpoint(Metrics *m, int64_t step, double stall, double write_seconds) {
+    if (m->active) {
+        Record r;
+        record_begin(&r, "checkpoint", step);
+        record_number(&r, "stall_ms", round(1e6 * stall) / 1e3);
+        record_number(&r, "write_ms", round(1e6 * write_seconds) / 1e3);
+        record_write(m, &r);
+    }
+}
+
 void metrics_pruning(Metrics *m, int64_t step, int layers, int heads, const double *skipped, const double *total) {
     double all_skipped = 0, all = 0;
     for (int i = 0; i < layers * heads; i++) {

@@ -48,6 +48,8 @@ void metrics_close(Metrics *);
 void metrics_run(Metrics *, int64_t step, const char *settings);
 /* Writes the line and updates what is on the screen. */
 void metrics_step(Metrics *, const StepRecord *);
+/* stall: seconds that training waited for a checkpoint; write: seconds until it was on the disk. */
+void metrics_checkpoint(Metrics *, int64_t step, double stall, double write);
 void metrics_validation(Metrics *, int64_t step, int64_t tokens, double loss);
 /* skipped, total: blocks, [layers, heads]. Nothing is written when no block was counted. */
 void metrics_pruning(Metrics *, int64_t step, int layers, int heads, const double *skipped, const double *total);

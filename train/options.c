@@ -7,6 +7,7 @@
 
 _Static_assert(ACP_OFF == 0 && ACP_PAPER == 1 && ACP_TIGHT == 2, "the choices of --acp in the table follow AcpMode");
 _Static_assert(DEVICE_AUTO == 0 && DEVICE_CUDA == 1 && DEVICE_CPU == 2, "the choices of --device follow FoxDevice");
+_Static_assert(GRAD_FLOAT32 == 0 && GRAD_BF16 == 1, "the choices of --grad-dtype follow GradType");
 
 typedef enum OptionType { OPTION_FLAG, OPTION_BOOL, OPTION_INT, OPTION_REAL, OPTION_CHOICE, OPTION_STRING } OptionType;
 
@@ -59,6 +60,13 @@ static const Option table[] = {
     {NULL, 'r', "recompute", OPTION_INT, FIELD(recompute), "0", "2", "0",
      "trade time for memory: 1 cheap layers, 2 whole blocks"},
     {NULL, 0, "deterministic", OPTION_BOOL, FIELD(deterministic), "0", "1", "0", "the same bits at every run"},
+
+    {"Several ranks", 'z', "zero", OPTION_INT, FIELD(zero), "0", "1", "1",
+     "0: every rank updates all weights; 1: its share"},
+    {NULL, 0, "grad-dtype", OPTION_CHOICE, FIELD(grad_type), "float32|bf16", NULL, "float32",
+     "what gradients travel as between GPUs"},
+    {NULL, 0, "hang-timeout", OPTION_INT, FIELD(hang_timeout), "0", "1000000", "40",
+     "seconds without a sign of life; 0: never ends a run"},
 
     {"Checkpoints", 'y', "resume", OPTION_BOOL, FIELD(resume), "0", "1", "0", "go on from the newest checkpoint in -o"},
     {NULL, 'n', "checkpoint-every", OPTION_INT, FIELD(checkpoint_every), "0", MAX_COUNT, "1000",

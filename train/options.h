@@ -9,6 +9,7 @@
 #include "config.h"
 
 typedef enum FoxDevice { DEVICE_AUTO, DEVICE_CUDA, DEVICE_CPU } FoxDevice;
+typedef enum GradType { GRAD_FLOAT32, GRAD_BF16 } GradType;
 
 /* Strings point into argv, which must outlive this. */
 typedef struct Options {
@@ -36,6 +37,10 @@ typedef struct Options {
     int device; /* FoxDevice */
     int64_t recompute;
     bool deterministic;
+
+    int64_t zero;         /* 0: every rank keeps all of the optimizer's state; 1: its share */
+    int grad_type;        /* GradType: what gradients travel as */
+    int64_t hang_timeout; /* seconds; 0: never */
 
     bool resume;
     int64_t checkpoint_every; /* 0: at the end only */

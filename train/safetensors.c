@@ -13,7 +13,7 @@
 #endif
 
 #define MAX_HEADER_BYTES 100000000 /* the format's own limit */
-#define PIECE 65536                /* elements converted or written at a time */
+#define PIECE 65536                /* elements converted at a time */
 
 static const struct {
     const char *name;
@@ -208,14 +208,14 @@ static bool read_header(SafeTensors *st, FoxError *err) {
     return ok;
 }
 
-bool safetensors_open(const char *path, SafeTensors *st, FoxError *err) {
+static bool open_as(const char *path, int mode, SafeTensors *st, FoxError *err) {
     memset(st, 0, sizeof *st);
     st->fd = -1;
     if (strlen(path) >= sizeof st->path) {
         return fox_fail(err, "%.64s...: the path is longer than %zu bytes", path, sizeof st->path - 1);
     }
     memcpy(st->path, path, strlen(path) + 1);
-    st->fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // a named pipe must not make open() wait
+    st->fd = open(path, mode | O_CLOEXEC | O_NONBLOCK); // a named pipe must not make open() wait
     if (st->fd < 0) {
         return fox_fail(err, "%s: cannot open: %s", path, strerror(errno));
     }
@@ -224,6 +224,14 @@ bool safetensors_open(const char *path, SafeTensors *st, FoxError *err) {
         return false;
     }
     return true;
+}
+
+bool safetensors_open(const char *path, SafeTensors *st, FoxError *err) {
+    return open_as(path, O_RDONLY, st, err);
+}
+
+bool safetensors_edit(const char *path, SafeTensors *st, FoxError *err) {
+    return open_as(path, O_RDWR, st, err);
 }
 
 void safetensors_close(SafeTensors *st) {
@@ -357,13 +365,8 @@ static bool format_header(int count, const char *const *names, const int *ndim, 
     return fclose(out) == 0 && ok;
 }
 
-static bool write_bytes(FILE *out, const char *path, const void *data, size_t bytes, FoxError *err) {
-    return fwrite(data, 1, bytes, out) == bytes || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
-}
-
-bool safetensors_write(const char *path, int count, const char *const *names, const int *ndim,
-                       const int64_t (*shapes)[2], const char *const *metadata, SafeTensorsSource source, void *context,
-                       FoxError *err) {
+bool safetensors_create(const char *path, int count, const char *const *names, const int *ndim, const int64_t (*shapes)[2],
+                        const char *const *metadata, FoxError *err) {
     char *header = NULL;
     size_t header_size = 0;
     if (!format_header(count, names, ndim, shapes, metadata, &header, &header_size)) {
@@ -371,19 +374,43 @@ bool safetensors_write(const char *path, int count, const char *const *names, co
         return fox_fail(err, "%s: out of memory for the header", path);
     }
     FILE *out = fopen(path, "wbe");
-    float *piece = FOX_NEW(float, PIECE);
     uint64_t length = header_size;
-    bool ok = out != NULL && write_bytes(out, path, &length, 8, err) &&
-              write_bytes(out, path, header, header_size, err);
-    for (int i = 0; ok && i < count; i++) {
-        int64_t size = shapes[i][0] * (ndim[i] == 2 ? shapes[i][1] : 1);
-        for (int64_t start = 0; ok && start < size; start += PIECE) {
-            int64_t n = size - start < PIECE ? size - start : PIECE;
-            ok = (source(context, i, start, n, piece) || fox_fail(err, "%s: no data for tensor %s", path, names[i])) &&
-                 write_bytes(out, path, piece, 4 * (size_t)n, err);
-        }
+    int64_t bytes = 8 + (int64_t)header_size;
+    for (int i = 0; i < count; i++) {
+        bytes += 4 * shapes[i][0] * (ndim[i] == 2 ? shapes[i][1] : 1);
+    }
+    bool ok = out == NULL || (fwrite(&length, 8, 1, out) == 1 && fwrite(header, 1, header_size, out) == header_size &&
+                              fflush(out) == 0 && ftruncate(fileno(out), (off_t)bytes) == 0);
+    if (!ok) {
+        fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
     }
     free(header);
-    free(piece);
     return file_finish(out, path, err) && ok;
+}
+
+bool safetensors_write_float(const SafeTensors *st, const SafeTensor *t, int64_t start, int64_t count, const float *values,
+                             FoxError *err) {
+    if (strcmp(t->dtype, "F32") != 0 || start < 0 || count < 0 || start > t->count || count > t->count - start) {
+        return fox_fail(err, "%s: tensor %s has %" PRId64 " elements of %s, %" PRId64 " floats were to be written from number %" PRId64,
+                        st->path, t->name, t->count, t->dtype, count, start);
+    }
+    const char *p = (const char *)values;
+    int64_t bytes = 4 * count, offset = st->data_start + t->begin + 4 * start;
+    while (bytes > 0) {
+        ssize_t n = pwrite(st->fd, p, (size_t)fox_min64(bytes, 1 << 24), (off_t)offset);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            return fox_fail(err, "%s: cannot write: %s", st->path, strerror(n < 0 ? errno : ENOSPC));
+        }
+        p += n;
+        offset += n;
+        bytes -= n;
+    }
+    return true;
+}
+
+bool safetensors_sync(const SafeTensors *st, FoxError *err) {
+    return fsync(st->fd) == 0 || fox_fail(err, "%s: cannot write: %s", st->path, strerror(errno));
 }

@@ -42,14 +42,16 @@ bool safetensors_read_float(const SafeTensors *, const SafeTensor *, int64_t sta
 /* Reads a whole I32 tensor. */
 bool safetensors_read_int32(const SafeTensors *, const SafeTensor *, int32_t *out, FoxError *);
 
-/* What the writer asks for while it streams: fill `out` with `count` floats of tensor `index` from element `start`. */
-typedef bool (*SafeTensorsSource)(void *context, int index, int64_t start, int64_t count, float *out);
+/* Creates a float32 file with room for its tensors: names, shapes ([count][2], ndim 1 or 2) and metadata (pairs key, value,
+ * ..., NULL) are written, the data is to follow. Fails with the system's reason; the caller removes what was written. */
+bool safetensors_create(const char *path, int count, const char *const *names, const int *ndim, const int64_t (*shapes)[2],
+                        const char *const *metadata, FoxError *);
 
-/* Writes a float32 file: names, shapes ([count][2], ndim 1 or 2) and metadata (pairs key, value, ..., NULL) given, data
- * from the source in pieces, so that no second copy of a model is needed. Syncs the file. Fails with the system's
- * reason (a full disk, say); the caller removes what was written. */
-bool safetensors_write(const char *path, int count, const char *const *names, const int *ndim,
-                       const int64_t (*shapes)[2], const char *const *metadata, SafeTensorsSource source, void *context,
-                       FoxError *err);
+/* Opens a file of safetensors_create to write into it. Several processes may, each its own floats. */
+bool safetensors_edit(const char *path, SafeTensors *, FoxError *);
+/* Writes `count` floats from `start` of an F32 tensor. Fails with the system's reason (a full disk, say). */
+bool safetensors_write_float(const SafeTensors *, const SafeTensor *, int64_t start, int64_t count, const float *, FoxError *);
+/* Waits until the disk has what was written. */
+bool safetensors_sync(const SafeTensors *, FoxError *);
 
 #endif

@@ -7,6 +7,7 @@
 #define ADAM_BETA1 0.9
 #define ADAM_BETA2 0.95
 #define ADAM_EPS 1e-8
+#define START_SECONDS 600   /* that opening the devices, and the first step, may take longer than others before they count as hung */
 #define BYTE_VOCABULARY 257 /* bytes and end of text */
 
 /* Set by SIGINT and SIGTERM; a handler can reach nothing but a global. */
@@ -83,13 +84,21 @@ static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
     return true;
 }
 
+/* How long another rank may give no sign of life; `more`: seconds that progress may take longer. */
+static void set_patience(const Trainer *t, double more) {
+    double seconds = (double)t->options.hang_timeout;
+    ranks_patience(&t->ranks, seconds > 0 ? seconds + more : 0, seconds);
+}
+
 bool trainer_start(Trainer *t, int *argc, char ***argv, FoxError *err) {
     memset(t, 0, sizeof *t);
     memset(err, 0, sizeof *err);
     t->saved_step = -1;
     bool ok = ranks_init(&t->ranks, argc, argv, err);
     metrics_begin(&t->metrics, t->ranks.rank == 0);
-    return ok && everyone(t, read_options(t, *argc, *argv, err), err);
+    ok = ok && everyone(t, read_options(t, *argc, *argv, err), err);
+    set_patience(t, START_SECONDS);
+    return ok;
 }
 
 static bool open_shards(Trainer *t, FoxError *err) {
@@ -160,13 +169,13 @@ bool trainer_open_data(Trainer *t, FoxError *err) {
     t->tokens = FOX_NEW(int32_t, count);
     t->targets = FOX_NEW(int32_t, count);
     t->settings = options_json(&t->options);
-    uint64_t hash = fox_hash(dataloader_hash(&t->train), t->settings, strlen(t->settings));
-    hash = t->val.shards != NULL ? fox_hash(hash, &t->val.tokens, sizeof t->val.tokens) : hash;
-    if (!ranks_agree(&t->ranks, hash)) {
-        return everyone(t,
-                        fox_fail(err, "the ranks see different options or shards; start all with the same command line "
-                                      "and the same data"),
-                        err);
+    if (!ranks_agree(&t->ranks, fox_hash(0, t->settings, strlen(t->settings)))) {
+        return everyone(t, fox_fail(err, "the ranks were started with different options; start all with the same command line"), err);
+    }
+    uint64_t data = dataloader_hash(&t->train);
+    data = t->val.shards != NULL ? fox_hash(data, &t->val.tokens, sizeof t->val.tokens) : data;
+    if (!ranks_agree(&t->ranks, data)) {
+        return everyone(t, fox_fail(err, "the ranks see different shards in %s; give all the same data", t->options.data), err);
     }
     return true;
 }
@@ -276,16 +285,16 @@ static bool check_resumed(const Trainer *t, FoxError *err) {
 static bool fill_backend(Trainer *t, FoxError *err) {
     Backend *b = &t->backend;
     if (t->resume_dir[0]) {
-        return checkpoint_load_model(t->resume_dir, b, err) &&
-               checkpoint_load_state(t->resume_dir, b, &t->state, err) && check_resumed(t, err) &&
-               dataloader_seek(&t->train, t->state.next_window, err);
+        return checkpoint_load_model(t->resume_dir, b, &t->ranks, err) &&
+               checkpoint_load_state(t->resume_dir, b, &t->ranks, &t->state, err) &&
+               everyone(t, check_resumed(t, err) && dataloader_seek(&t->train, t->state.next_window, err), err);
     }
     t->state.seed = (uint64_t)t->options.seed;
     t->state.windows = t->train.windows;
     t->state.data_hash = dataloader_hash(&t->train);
     t->state.best_val_loss = (double)NAN;
     if (fox_find_preset(t->options.model) == NULL) {
-        return checkpoint_load_model(t->options.model, b, err);
+        return checkpoint_load_model(t->options.model, b, &t->ranks, err);
     }
     float *params = FOX_NEW(float, b->table.total);
     fox_init_parameters(&b->table, t->state.seed, params);
@@ -324,8 +333,15 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     spec.log_tolerance = (float)o->log_tolerance;
     spec.recompute = (int)o->recompute;
     spec.deterministic = o->deterministic;
+    spec.micro_batches = t->micro_batches;
+    spec.zero = o->zero != 0;
+    spec.grad_bf16 = o->grad_type == GRAD_BF16;
+    ranks_working(&t->ranks, 0);
     if (!everyone(t, open_device(t, &spec, err), err)) {
         return false;
+    }
+    if (!ranks_agree(&t->ranks, fox_hash(0, t->backend.name, strlen(t->backend.name)))) {
+        return everyone(t, fox_fail(err, "some ranks found a GPU and others not; --device cpu takes the CPU on all of them"), err);
     }
     if (t->ranks.rank == 0) {
         t->backend.report(&t->backend, stdout);
@@ -333,17 +349,14 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     if (!everyone(t, t->backend.allocate(&t->backend, err), err)) {
         return false;
     }
+    ranks_resting(&t->ranks);
     int64_t cells = (int64_t)t->config.num_hidden_layers * t->config.num_heads;
     t->step_skipped = FOX_NEW(double, cells);
     t->step_blocks = FOX_NEW(double, cells);
     t->skipped = FOX_NEW(double, cells);
     t->blocks = FOX_NEW(double, cells);
-    if (!everyone(t, fill_backend(t, err), err)) {
+    if (!fill_backend(t, err)) {
         return false;
-    }
-    if (!ranks_agree(&t->ranks, checkpoint_param_hash(&t->backend))) {
-        return everyone(t, fox_fail(err, "the ranks start from different weights; is %s the same for all of them?",
-                                    t->resume_dir[0] ? t->resume_dir : o->model), err);
     }
     t->saved_step = t->resume_dir[0] ? t->state.step : -1;
     return true;
@@ -389,6 +402,9 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
     if (!everyone(t, ok, err)) {
         return false;
     }
+    if (!checkpoint_open(&t->writer, out, &t->backend, &t->ranks, t->settings, err)) {
+        return false;
+    }
     print_plan(t);
     record_run(t);
     struct sigaction action;
@@ -397,7 +413,48 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL); // what mpirun passes on, and srun --signal sends
     return true;
+}
+
+/* ---- checkpoints */
+
+/* The end of the checkpoint that is being written; waits for it. Afterwards the oldest ones go. */
+static bool finish_save(Trainer *t, FoxError *err) {
+    CheckpointWriter *w = &t->writer;
+    if (!checkpoint_finish(w, err)) {
+        return false;
+    }
+    t->saved_step = w->state.step;
+    if (t->ranks.rank == 0) {
+        checkpoint_prune(t->options.out, (int)t->options.keep);
+    }
+    metrics_checkpoint(&t->metrics, w->state.step, w->stall, w->seconds);
+    return true;
+}
+
+static void warn_of_save(Trainer *t, bool ok, const FoxError *err) {
+    if (!ok && err->text[0] != '\0') {
+        metrics_warn(&t->metrics, "no checkpoint at step %lld: %s; earlier ones stand, training goes on",
+                     (long long)t->writer.state.step, err->text);
+    }
+}
+
+/* Sees to the checkpoint that is being written, if there is one; `wait`: until it is whole, otherwise only when all ranks have
+ * written their part. */
+static void attend_save(Trainer *t, bool wait) {
+    FoxError err;
+    err.text[0] = '\0';
+    if (t->writer.busy && (wait || ranks_max_int(&t->ranks, !checkpoint_written(&t->writer)) == 0)) {
+        warn_of_save(t, finish_save(t, &err), &err);
+    }
+}
+
+void trainer_begin_save(Trainer *t) {
+    FoxError err;
+    err.text[0] = '\0';
+    attend_save(t, true);
+    warn_of_save(t, checkpoint_begin(&t->writer, &t->state, &err), &err);
 }
 
 /* ---- a step */
@@ -414,6 +471,7 @@ bool trainer_forward_backward(Trainer *t, FoxError *err) {
     if (t->step_started == 0) {
         t->step_started = fox_now();
     }
+    ranks_working(&t->ranks, t->state.step);
     if (!dataloader_next(&t->train, t->tokens, t->targets, err)) {
         return false;
     }
@@ -495,7 +553,10 @@ bool trainer_update(Trainer *t, bool ok, FoxError *err) {
     t->state.next_window = dataloader_position(&t->train);
     t->state.skipped_in_a_row = stats.applied ? 0 : t->state.skipped_in_a_row + 1;
     record_step(t, &adamw, &stats);
+    attend_save(t, false);
     t->step_started = 0;
+    ranks_resting(&t->ranks);
+    set_patience(t, 0);
     if (stats.applied) {
         return true;
     }
@@ -524,6 +585,7 @@ static bool validate_share(Trainer *t, double sums[2], FoxError *err) {
     float *losses = FOX_NEW(float, t->options.micro_batch * T);
     bool ok = dataloader_seek(&t->val, 0, err);
     for (int64_t i = 0; ok && i < t->val.batches_per_step; i++) {
+        ranks_working(&t->ranks, t->state.step);
         ok = dataloader_next(&t->val, t->tokens, t->targets, err);
         int64_t count = ok ? t->val.batch_windows * T : 0;
         if (count > 0) {
@@ -535,6 +597,7 @@ static bool validate_share(Trainer *t, double sums[2], FoxError *err) {
         sums[1] += (double)count;
     }
     free(losses);
+    ranks_resting(&t->ranks);
     return ok;
 }
 
@@ -580,41 +643,20 @@ void trainer_sample(Trainer *t) {
     free(text);
 }
 
-bool trainer_save(Trainer *t, FoxError *err) {
-    bool ok = checkpoint_save(t->options.out, &t->backend, &t->ranks, &t->state, t->settings, NULL, err);
-    if (!everyone(t, ok, err)) {
-        return false;
-    }
-    t->saved_step = t->state.step;
-    if (t->ranks.rank == 0) {
-        checkpoint_prune(t->options.out, (int)t->options.keep);
-    }
-    return true;
-}
-
-void trainer_try_save(Trainer *t) {
-    FoxError err;
-    err.text[0] = '\0';
-    if (!trainer_save(t, &err) && err.text[0] != '\0') {
-        metrics_warn(&t->metrics, "no checkpoint at step %lld: %s; earlier ones stand, training goes on",
-                     (long long)t->state.step, err.text);
-    }
-}
-
 /* ---- end */
 
 static bool save_the_end(Trainer *t, FoxError *err) {
+    attend_save(t, true);
     if (t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
         return true;
     }
-    return trainer_save(t, err);
+    return checkpoint_begin(&t->writer, &t->state, err) && finish_save(t, err);
 }
 
 bool trainer_finish(Trainer *t, bool ok, FoxError *err) {
     bool saved = save_the_end(t, err);
-    uint64_t hash = checkpoint_param_hash(&t->backend);
-    bool same = ranks_agree(&t->ranks, hash);
-    if (ok && saved && !same) {
+    uint64_t hash = checkpoint_param_hash(&t->backend, &t->ranks);
+    if (!checkpoint_same_params(&t->backend, &t->ranks) && ok && saved) {
         return everyone(t, fox_fail(err, "the ranks' parameters differ after step %lld", (long long)t->state.step),
                         err);
     }
@@ -630,13 +672,16 @@ int trainer_close(Trainer *t, bool ok, const FoxError *err) {
     metrics_close(&t->metrics);
     if (!ok && err->text[0] != '\0') {
         if (t->ranks.size > 1) {
-            fprintf(stderr, "train_fox: error: rank %d: %s\n", t->ranks.rank, err->text);
+            char name[96];
+            ranks_name(&t->ranks, t->ranks.rank, name);
+            fprintf(stderr, "train_fox: error: %s, step %lld: %s\n", name, (long long)t->state.step + 1, err->text);
         } else {
             fprintf(stderr, "train_fox: error: %s\n", err->text);
         }
     }
     dataloader_close(&t->train);
     dataloader_close(&t->val);
+    checkpoint_close(&t->writer);
     if (t->tokenizer.spans != NULL) {
         tokenizer_free(&t->tokenizer);
     }

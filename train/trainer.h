@@ -35,7 +35,8 @@ typedef struct Trainer {
     double step_started;      /* fox_now() when the step at work began; 0 between steps */
     double *step_skipped, *step_blocks; /* [L, H] attention blocks of the last step, this rank */
     double *skipped, *blocks; /* [L, H], since the last pruning report */
-    int64_t saved_step;       /* step of the newest checkpoint; -1: none yet */
+    CheckpointWriter writer;  /* backend NULL: not open yet */
+    int64_t saved_step;       /* step of the newest whole checkpoint; -1: none yet */
     bool diverged;            /* stopped by non-finite steps: no checkpoint is written any more */
 } Trainer;
 
@@ -77,11 +78,9 @@ void trainer_report_pruning(Trainer *);
 /* Prints a sample of the model's text (rank 0). */
 void trainer_sample(Trainer *);
 
-/* Writes a checkpoint and removes the oldest ones. False when that failed: err says why, earlier checkpoints stand. */
-bool trainer_save(Trainer *, FoxError *);
-
-/* A checkpoint in the middle of the run: failing is reported, and training goes on until the next one is due. */
-void trainer_try_save(Trainer *);
+/* Begins a checkpoint, which a thread writes while training goes on; the steps that follow see to its end. Failing is
+ * reported, and training goes on until the next one is due. */
+void trainer_begin_save(Trainer *);
 
 /* The end of a run that had begun, `ok` or not: the last checkpoint, unless it is there already or the run diverged,
  * and the hash of the parameters. True when all is well: `ok`, and the checkpoint was written. */
