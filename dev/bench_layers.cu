@@ -198,7 +198,7 @@ static void bench_heads(Bench &bench, int B, int T, bool pro) {
     });
     if (pro) {
         bench.memory("output gate forward", Nd * 6,
-              [&] { cuda_output_gate_forward(q, q_rstd, k, packed, &layout, w, N, H, D, 1e-6f, 0); });
+                     [&] { cuda_output_gate_forward(q, q_rstd, k, packed, &layout, w, N, H, D, 1e-6f, 0); });
         bench.memory("output gate backward", Nd * 10, [&] {
             cuda_output_gate_backward(q, dpacked, dw, norm_scratch, k, v, q_rstd, packed, &layout, w, N, H, D, 0);
         });

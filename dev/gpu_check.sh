@@ -1,21 +1,26 @@
 #!/bin/sh
 # Everything that is checked on a GPU machine, part by part, with a table at the end. From the repository root:
 #
-#     dev/gpu_check.sh                                            build, test
+#     dev/gpu_check.sh                                            build test bench profile deterministic report
+#     dev/gpu_check.sh --official DIR                             parity and speed as well
 #     dev/gpu_check.sh --official DIR build test parity truth     chosen parts, in this order
-#     dev/gpu_check.sh --sanitize build                           compute-sanitizer on the GPU tests as well
+#     dev/gpu_check.sh --sanitize build                           compute-sanitizer on the GPU tests after them
 #
-#     build      make                                             (MAKEFLAGS of the environment are used: MPI=0, ...)
-#     test       make test
-#     sanitize   memcheck, racecheck, initcheck on `test_fox --quick --only $SANITIZE_ONLY` (cuda); sanitize-TOOL: one
-#     bench      make bench and every dev/bench_*.sh
-#     parity     dev/parity_official.py: a fox-pro-tiny trained for 30 steps on these sources, and every fixture, on
-#                $DEVICE (auto); needs --official
-#     truth      the official model's bf16 errors, written to build/gpu_check/official_bf16_error.json; needs --official
-#     speed      dev/bench_official.py with train_fox beside it: $SPEED (fox-pro-125m:16384 ...); needs --official
+#     build          make                                         (MAKEFLAGS of the environment are used: MPI=0, ...)
+#     test           make test
+#     sanitize       memcheck, racecheck, initcheck on `test_fox --quick --only $SANITIZE_ONLY` (cuda);
+#                    sanitize-TOOL: one of them
+#     bench          every kernel: dev/bench_layers.cu and dev/bench_attention.cu
+#     profile        dev/profile_step.py for $PROFILE (fox-pro-125m:16384); with --official of both programs
+#     deterministic  dev/check_deterministic.py: the same bits twice, and resumed, and the cost
+#     parity         dev/parity_official.py: a fox-pro-tiny trained for 30 steps on these sources, and every fixture, on
+#                    $DEVICE (auto); needs --official
+#     truth          the official model's bf16 errors, written to $LOGS/official_bf16_error.json; needs --official
+#     speed          dev/bench_official.py with train_fox beside it: $SPEED (fox-pro-125m:16384 ...); needs --official
+#     report         dev/report.py: all of it in one file below $RESULTS (docs/results)
 #
 # Each part has $LIMIT seconds (540). Output goes to $LOGS/PART.log (build/gpu_check); shown are the last lines of a
-# part that fails, and everything of bench, parity, truth and speed. Exit status 1 when a part failed.
+# part that fails, and everything of those that measure. Exit status 1 when a part failed.
 cd "$(dirname "$0")/.." || exit 1
 official='' sanitize='' parts='' one=''
 while [ $# -gt 0 ]; do
@@ -23,12 +28,16 @@ while [ $# -gt 0 ]; do
     --official) official=$2; shift ;;
     --one) one=$2; shift ;;
     --sanitize) sanitize=yes ;;
-    -*) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 1 ;;
+    -*) sed -n '2,27s/^# \{0,1\}//p' "$0"; exit 1 ;;
     *) parts="$parts $1" ;;
     esac
     shift
 done
-parts="${parts:-build test}${sanitize:+ sanitize}"
+if [ -n "$parts" ]; then
+    parts="$parts${sanitize:+ sanitize}"
+else
+    parts="build test${sanitize:+ sanitize} bench profile deterministic${official:+ parity speed} report"
+fi
 logs=${LOGS:-build/gpu_check}
 python=${PYTHON:-python3}
 mkdir -p "$logs"
@@ -41,12 +50,28 @@ need_official() {
 
 part_build() { make -j "$(nproc)"; }
 part_test() { make test; }
+
+# nvcc for the chip of this machine.
+build_bench() { # NAME
+    chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+    [ "$chip" != 90 ] || chip=90a
+    nvcc=$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
+    "$nvcc" -std=c++17 -O3 -I. -gencode "arch=compute_$chip,code=sm_$chip" -o "build/$1" "dev/$1.cu" -lcublasLt
+}
 part_bench() {
-    make bench || return 1
-    for script in dev/bench_*.sh; do
-        [ ! -e "$script" ] || sh "$script" || return 1
+    build_bench bench_layers && build_bench bench_attention || return 1
+    build/bench_layers --json "$logs/layers.json" || return 1
+    build/bench_attention > "$logs/attention.txt" || return 1
+    cat "$logs/attention.txt"
+}
+part_profile() {
+    for run in ${PROFILE:-fox-pro-125m:16384}; do
+        "$python" dev/profile_step.py --model "${run%:*}" -T "${run#*:}" ${official:+--official "$official"} \
+            --acp paper --out "$logs/profile-${run%:*}-${run#*:}.json" || return 1
     done
 }
+part_deterministic() { "$python" dev/check_deterministic.py --out "$logs/deterministic.json"; }
+part_report() { "$python" dev/report.py "$logs" --out "${RESULTS:-docs/results}"; }
 
 sanitize_with() {
     # A finding is an exit status of 9. Leaks of the CUDA runtime itself are not looked for.
@@ -92,9 +117,12 @@ run_part() {
     build) part_build ;;
     test) part_test ;;
     bench) part_bench ;;
+    profile) part_profile ;;
+    deterministic) part_deterministic ;;
     parity) part_parity ;;
     truth) part_truth ;;
     speed) part_speed ;;
+    report) part_report ;;
     *) echo "no part of this name; see the head of $0"; return 1 ;;
     esac
 }
@@ -105,10 +133,11 @@ if [ -n "$one" ]; then # one part by itself: what a run under the limit is
 fi
 failed=0
 table=''
+[ "$parts" = report ] || rm -f "$logs/parts.tsv"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null || echo 'no NVIDIA GPU here'
 for part in $parts; do
     started=$(date +%s)
-    timeout "${LIMIT:-540}" sh dev/gpu_check.sh --official "$official" --one "$part" > "$logs/$part.log" 2>&1
+    LOGS=$logs timeout "${LIMIT:-540}" sh dev/gpu_check.sh --official "$official" --one "$part" > "$logs/$part.log" 2>&1
     status=$?
     [ $status -ne 124 ] || echo "stopped after ${LIMIT:-540} s" >> "$logs/$part.log"
     took=$(($(date +%s) - started))
@@ -118,9 +147,12 @@ for part in $parts; do
         echo "-- $part failed:"
         tail -n 25 "$logs/$part.log"
     else
-        case $part in bench | parity | truth | speed) grep -v '^make' "$logs/$part.log" ;; esac
+        case $part in
+        bench | profile | deterministic | parity | truth | speed | report) grep -v '^make' "$logs/$part.log" ;;
+        esac
     fi
     verdict=$([ $status -eq 0 ] && echo ok || echo FAILED)
+    printf '%s\t%s\t%d\t%s\n' "$part" "$verdict" "$took" "$last" >> "$logs/parts.tsv"
     table="$table$(printf '%-20s %-6s %5d s  %s' "$part" "$verdict" "$took" "$last")
 "
 done

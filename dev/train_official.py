@@ -89,9 +89,10 @@ class Training:
         self.out.flush()
 
     def micro_batches(self, windows):
+        tokens = self.torch.from_numpy(windows).pin_memory().cuda(non_blocking=True)
         for i in range(0, len(windows), self.plan.micro_batch):
-            tokens = self.torch.from_numpy(windows[i:i + self.plan.micro_batch]).cuda()
-            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            part = tokens[i:i + self.plan.micro_batch]
+            yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
 
     def loss(self, x, y):
         with self.code.precision("bf16"):
