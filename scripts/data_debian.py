@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """Text to train on from Debian packages: documentation and source code, three to two.
 
-    python3 scripts/data_debian.py -o text                                      # 44M tokens
+    python3 scripts/data_debian.py -o text                                           # 44M tokens
+    python3 scripts/data_debian.py -o text --prose-bytes 92e6 --code-bytes 165e6      # 107M tokens, mostly code
     ./make_shards -o data --vocab tests/data/gpt2/gpt2.tiktoken --val-fraction 0.02 text
 
-    python3 scripts/data_debian.py -o text --prose-bytes 170e6 --code-bytes 120e6      # 109M tokens
-
-Downloads the packages with apt-get (Debian or Ubuntu, no root needed, 450 MB into --cache; --cache keeps them for the
-next time), unpacks them there, and writes one file a document into -o. Documentation is what the packages hold as HTML,
+Downloads the packages with apt-get (Debian or Ubuntu, no root needed, 600 MB), unpacks them in --cache (3.4 GB, kept
+for the next time), and writes one file a document into -o. Documentation is what the packages hold as HTML,
 reStructuredText, POD, Markdown and dictionaries, as plain text, where it is English; code is the Linux kernel's C.
-Lines of HTML that many pages of a package share (menus, footers) are left out. A document's name begins with the hash
-of its text, so make_shards, which goes by name, mixes the packages; the same packages give the same files. Packages
-that this release does not have are named and left out.
+Lines of HTML that many pages of a package share (menus, footers) are left out. The whole takes some five minutes. A
+document's name begins with the hash of its text, so make_shards, which goes by name, mixes the packages; the same
+packages give the same files. Packages that this release does not have are named and left out.
 """
 import argparse
 import collections
