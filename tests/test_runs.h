@@ -1,6 +1,6 @@
 /* Tests of whole runs: train_fox is started as a child on a small model and small shards written here.
  *
- * Resume bit for bit, SIGKILL at random moments, SIGTERM, a full disk, bad input, and with mpirun several ranks. */
+ * Resume bit for bit, SIGKILL at random moments, SIGTERM, a full disk, bad input. Several ranks: tests/test_ranks.h. */
 #ifndef FOX_TEST_RUNS_H
 #define FOX_TEST_RUNS_H
 
@@ -779,57 +779,6 @@ static void test_run_not_finite(Tests *t, const RunFixture *f) {
     check(t, access(dir, F_OK) != 0, "a NaN: no checkpoint of the last refused step");
 }
 
-/* ---- several ranks */
-
-#ifdef FOX_MPI
-static bool run_has_mpirun(void) {
-    return system("mpirun --version >/dev/null 2>&1") == 0;
-}
-
-/* The run of command `train` on `ranks` processes. */
-static int run_mpi(const RunFixture *f, int ranks, const char *train) {
-    char command[4200];
-    snprintf(command, sizeof command, "mpirun --oversubscribe -np %d %s", ranks, train);
-    return run_command(f, command);
-}
-
-/* 1, 2 and 4 ranks: the same losses and gradient norms to 1e-5, and the same validation. Then 2 ranks go on from what 1
- * rank saved. A mistake gives one error line, not one of each rank. */
-static void test_run_ranks(Tests *t, const RunFixture *f) {
-    char command[4096], out[64], path[1024];
-    RunLog one, more;
-    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 1e-3", command);
-    if (!run_expect(t, f, "one rank", run_command(f, command), 0)) {
-        return;
-    }
-    run_read_log(f, "ranks_1", &one);
-    for (int ranks = 2; ranks <= 4; ranks += 2) {
-        char what[64];
-        snprintf(out, sizeof out, "ranks_%d", ranks);
-        snprintf(what, sizeof what, "%d ranks against 1", ranks);
-        run_train_command(f, out, "-x 20 -n 10 -b 1 -l 1e-3", command);
-        run_expect(t, f, what, run_mpi(f, ranks, command), 0);
-        run_read_log(f, out, &more);
-        run_compare_logs(t, what, &one, &more, 20, 1e-5);
-    }
-    snprintf(path, sizeof path, "%s/ranks_1/step_00000020", f->root);
-    check(t, remove_directory(path), "%s can be removed", path);
-    run_train_command(f, "ranks_1", "-x 20 -n 10 -b 1 -l 1e-3 -y", command);
-    run_expect(t, f, "2 ranks after 1", run_mpi(f, 2, command), 0);
-    run_read_log(f, "ranks_1", &more);
-    check(t, more.starts == 2, "2 ranks after 1: two starts, found %d", more.starts);
-    run_compare_logs(t, "2 ranks after 1", &one, &more, 20, 1e-5);
-
-    run_train_command(f, "ranks_bad", "-i bad/none", command);
-    int code = run_mpi(f, 2, command);
-    char *text = run_output(f, "stderr");
-    check(t,
-          code != 0 && run_count(text, "train_fox: error: rank 0 (") == 1 && run_count(text, "train_fox: error: ") == 1,
-          "a mistake on 2 ranks: one error line, found code %d: %s", code, text);
-    free(text);
-}
-#endif
-
 static void test_runs(Tests *t) {
     RunFixture f;
     memset(&f, 0, sizeof f);
@@ -844,15 +793,6 @@ static void test_runs(Tests *t) {
     test_run_full_disk(t, &f);
     test_run_bad_input(t, &f);
     test_run_not_finite(t, &f);
-#ifdef FOX_MPI
-    if (!t->quick && run_has_mpirun()) { // MPI itself does not pass the leak checker
-        test_run_ranks(t, &f);
-    } else {
-        printf("runs: several ranks are skipped: %s\n", t->quick ? "quick tests" : "no mpirun");
-    }
-#else
-    printf("runs: several ranks are skipped: built without MPI\n");
-#endif
 }
 
 #ifdef FOX_CUDA

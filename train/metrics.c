@@ -7,7 +7,8 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#define PLAIN_LINE_SECONDS 10 /* without a terminal: seconds between two lines */
+#define LIVE_LINE_SECONDS 0.25 /* on a terminal: seconds between two states of the line; mpirun's is full soon when nobody reads */
+#define PLAIN_LINE_SECONDS 10  /* without one: seconds between two lines */
 
 /* ---- metrics.jsonl */
 
@@ -233,8 +234,8 @@ static void show_progress(Metrics *m, const StepRecord *s) {
     double weight = m->step_seconds > 0 ? 0.1 : 1;
     m->step_seconds += weight * (s->seconds - m->step_seconds);
     double now = fox_now();
-    bool due = s->step == s->steps || m->last_line == 0 || now - m->last_line >= PLAIN_LINE_SECONDS;
-    if (!m->terminal && !due) {
+    double pause = m->terminal ? LIVE_LINE_SECONDS : PLAIN_LINE_SECONDS;
+    if (s->step != s->steps && m->last_line != 0 && now - m->last_line < pause) {
         return;
     }
     char line[256], left[32], pruned[32] = "";

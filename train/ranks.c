@@ -223,6 +223,7 @@ static void put(const Ranks *ranks, int to, MessageKind kind, const void *bytes,
 /* The envelope of the next message; its bytes are to be taken next. */
 static void expect(const Ranks *ranks, int from, MessageKind kind, int64_t count) {
     Envelope e;
+    watch_wait_for(ranks->links->watch, from);
     if (!socket_receive(ranks->links->data[from], &e, sizeof e)) {
         watch_lost(ranks->links->watch, from);
     }
@@ -278,6 +279,7 @@ static void add_max_int(void *into, const void *from, int64_t bytes) {
 static void reduce(const Ranks *ranks, void *values, int64_t bytes, Add add) {
     if (ranks->rank != 0) {
         put(ranks, 0, REDUCE, values, bytes);
+        watch_sent(ranks->links->watch);
         return;
     }
     char *slice = FOX_NEW(char, SLICE);
@@ -302,19 +304,14 @@ static void broadcast(const Ranks *ranks, void *bytes, int64_t count) {
     }
 }
 
-/* Time spent from here to the same call with false is waiting for others. */
-static void waiting(const Ranks *ranks, bool yes) {
-    watch_waiting(ranks->links->watch, yes);
-}
-
 static void sum(const Ranks *ranks, void *values, int64_t bytes, Add add) {
     if (ranks->links == NULL) {
         return;
     }
-    waiting(ranks, true);
+    watch_begin(ranks->links->watch);
     reduce(ranks, values, bytes, add);
     broadcast(ranks, values, bytes);
-    waiting(ranks, false);
+    watch_end(ranks->links->watch);
 }
 
 /* ---- the collectives */
@@ -337,7 +334,7 @@ void ranks_scatter_sum(const Ranks *ranks, float *values, int64_t piece) {
         return;
     }
     int64_t bytes = piece * (int64_t)sizeof(float);
-    waiting(ranks, true);
+    watch_begin(ranks->links->watch);
     reduce(ranks, values, bytes * ranks->size, add_float);
     if (ranks->rank != 0) {
         get(ranks, 0, SCATTER, values + ranks->rank * piece, bytes);
@@ -345,7 +342,7 @@ void ranks_scatter_sum(const Ranks *ranks, float *values, int64_t piece) {
     for (int r = 1; ranks->rank == 0 && r < ranks->size; r++) {
         put(ranks, r, SCATTER, values + r * piece, bytes);
     }
-    waiting(ranks, false);
+    watch_end(ranks->links->watch);
 }
 
 void ranks_gather(const Ranks *ranks, void *bytes, int64_t piece) {
@@ -353,22 +350,23 @@ void ranks_gather(const Ranks *ranks, void *bytes, int64_t piece) {
         return;
     }
     char *rows = (char *)bytes;
-    waiting(ranks, true);
+    watch_begin(ranks->links->watch);
     if (ranks->rank != 0) {
         put(ranks, 0, GATHER, rows + ranks->rank * piece, piece);
+        watch_sent(ranks->links->watch);
     }
     for (int r = 1; ranks->rank == 0 && r < ranks->size; r++) {
         get(ranks, r, GATHER, rows + r * piece, piece);
     }
     broadcast(ranks, bytes, piece * ranks->size);
-    waiting(ranks, false);
+    watch_end(ranks->links->watch);
 }
 
 void ranks_broadcast(const Ranks *ranks, void *bytes, int64_t count) {
     if (ranks->links != NULL) {
-        waiting(ranks, true);
+        watch_begin(ranks->links->watch);
         broadcast(ranks, bytes, count);
-        waiting(ranks, false);
+        watch_end(ranks->links->watch);
     }
 }
 

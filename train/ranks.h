@@ -48,8 +48,8 @@ bool ranks_everyone(const Ranks *, bool ok, FoxError *);
 /* "rank 3 (host)". */
 void ranks_name(const Ranks *, int rank, char text[96]);
 
-/* What the watch is told. The main thread made progress in a step (or a validation); it does something that may take any
- * time. Between working and the next call of either, a long pause is a hang. */
+/* What the watch is told. The main thread made progress (in a step, a validation): from here to the next call of either a long
+ * pause is a hang. Or it does something that may take thirty times as long. */
 void ranks_working(const Ranks *, int64_t step);
 void ranks_resting(const Ranks *);
 /* When a rank counts as hung: so many seconds without progress, beyond four times its longest pause so far (0: never; so it

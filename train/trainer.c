@@ -10,17 +10,26 @@
 #define START_SECONDS 600   /* that opening the devices, and the first step, may take longer than others before they count as hung */
 #define BYTE_VOCABULARY 257 /* bytes and end of text */
 
-/* Set by SIGINT and SIGTERM; a handler can reach nothing but a global. */
-static volatile sig_atomic_t stop_requested = 0;
+#define IMPATIENCE_SECONDS 3
 
-/* The first signal asks for the end after this step, the second one ends at once. */
+/* Set by a signal; a handler can reach nothing but a global. */
+static volatile sig_atomic_t stop_requested = 0;
+static volatile double stop_time = 0;
+
+/* The first signal asks for the end after this step. Another one a while later ends at once; launchers and terminals may send
+ * the same wish twice. */
 static void on_signal(int number) {
-    if (stop_requested) {
+    double now = fox_now();
+    if (stop_requested && now - stop_time > IMPATIENCE_SECONDS) {
         _Exit(128 + number);
     }
-    stop_requested = 1;
+    if (!stop_requested) {
+        stop_time = now;
+        stop_requested = 1;
+    }
 }
 
+/* True on every rank when `ok` is true on all of them. Otherwise only the lowest rank that failed keeps its message. */
 static bool everyone(const Trainer *t, bool ok, FoxError *err) {
     return ranks_everyone(&t->ranks, ok, err);
 }
@@ -349,12 +358,12 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     if (!everyone(t, t->backend.allocate(&t->backend, err), err)) {
         return false;
     }
-    ranks_resting(&t->ranks);
     int64_t cells = (int64_t)t->config.num_hidden_layers * t->config.num_heads;
     t->step_skipped = FOX_NEW(double, cells);
     t->step_blocks = FOX_NEW(double, cells);
     t->skipped = FOX_NEW(double, cells);
     t->blocks = FOX_NEW(double, cells);
+    ranks_resting(&t->ranks); // reading a checkpoint may take long
     if (!fill_backend(t, err)) {
         return false;
     }
@@ -396,6 +405,21 @@ static void print_plan(Trainer *t) {
     }
 }
 
+/* SIGUSR1 is what mpirun passes on and srun --signal sends; SIGHUP comes when a terminal, or mpirun's, goes. A signal that the
+ * caller told us to ignore (nohup) stays ignored. */
+static void take_signals(void) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP};
+    struct sigaction action, before;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
+        if (sigaction(signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) {
+            sigaction(signals[i], &action, NULL);
+        }
+    }
+}
+
 bool trainer_open_output(Trainer *t, FoxError *err) {
     const char *out = t->options.out;
     bool ok = t->ranks.rank != 0 || (make_directories(out, err) && metrics_open(&t->metrics, out, t->state.step, err));
@@ -407,13 +431,7 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
     }
     print_plan(t);
     record_run(t);
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGUSR1, &action, NULL); // what mpirun passes on, and srun --signal sends
+    take_signals();
     return true;
 }
 
@@ -422,6 +440,7 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
 /* The end of the checkpoint that is being written; waits for it. Afterwards the oldest ones go. */
 static bool finish_save(Trainer *t, FoxError *err) {
     CheckpointWriter *w = &t->writer;
+    ranks_resting(&t->ranks); // a disk may be slow
     if (!checkpoint_finish(w, err)) {
         return false;
     }
@@ -454,6 +473,7 @@ void trainer_begin_save(Trainer *t) {
     FoxError err;
     err.text[0] = '\0';
     attend_save(t, true);
+    ranks_resting(&t->ranks);
     warn_of_save(t, checkpoint_begin(&t->writer, &t->state, &err), &err);
 }
 
@@ -555,7 +575,7 @@ bool trainer_update(Trainer *t, bool ok, FoxError *err) {
     record_step(t, &adamw, &stats);
     attend_save(t, false);
     t->step_started = 0;
-    ranks_resting(&t->ranks);
+    ranks_working(&t->ranks, t->state.step);
     set_patience(t, 0);
     if (stats.applied) {
         return true;
@@ -597,7 +617,7 @@ static bool validate_share(Trainer *t, double sums[2], FoxError *err) {
         sums[1] += (double)count;
     }
     free(losses);
-    ranks_resting(&t->ranks);
+    ranks_working(&t->ranks, t->state.step);
     return ok;
 }
 
@@ -634,6 +654,7 @@ void trainer_sample(Trainer *t) {
     if (t->ranks.rank != 0) {
         return;
     }
+    ranks_resting(&t->ranks);
     SampleSettings settings;
     settings.temperature = o->sample_temperature;
     settings.top_k = (int)o->sample_top_k;
@@ -646,6 +667,7 @@ void trainer_sample(Trainer *t) {
 /* ---- end */
 
 static bool save_the_end(Trainer *t, FoxError *err) {
+    ranks_resting(&t->ranks);
     attend_save(t, true);
     if (t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
         return true;

@@ -12,14 +12,18 @@
 #define BEAT 1.0             /* seconds between two statuses */
 #define SILENCE 40.0         /* seconds without any, after which a rank counts as stopped, until ranks_patience says otherwise */
 #define PAUSES 4             /* times the longest pause so far, which is no hang yet */
+#define REST 30              /* times as long may a rank rest */
 #define ABORT_SECONDS 10     /* a device may take to let go */
 #define TEXT 600
 
 typedef enum Kind { STATUS = 1, FAILED, LEAVING } Kind;
+typedef enum State { RESTING, WORKING, WAITING } State;
 
 /* What goes over a control connection, all of one size. */
 typedef struct Message {
-    int32_t kind, working;
+    int32_t kind, state;
+    int32_t waits_for, sent; /* WAITING: rank 0 for whom; the others: whether their part has left */
+    int64_t meeting;         /* collectives begun so far */
     int64_t step;
     double idle, limit; /* seconds without progress, and how many are too many (0: any) */
     char text[TEXT];    /* of FAILED */
@@ -43,8 +47,10 @@ struct Watch {
     pid_t parent; /* whose end is ours; 0: nobody's */
     pthread_t thread;
     pthread_mutex_t mutex; /* guards what follows */
-    bool working, waiting, leaving;
-    int64_t step;
+    bool leaving, sent;
+    State state, before; /* before: what it was when it began to wait */
+    int waits_for;
+    int64_t step, meeting;
     double since, longest; /* last progress; longest pause */
     double patience, silence;
     RanksGuard guard;      /* check NULL: none */
@@ -53,30 +59,54 @@ struct Watch {
 /* ---- what the main thread says */
 
 /* Progress: the pause that ends here counts for what is usual. */
-static void progress(Watch *w, bool working, int64_t step) {
+static void progress(Watch *w, State state) {
     double now = fox_now();
-    pthread_mutex_lock(&w->mutex);
-    if (w->working && now - w->since > w->longest) {
+    if (w->state == WORKING && now - w->since > w->longest) {
         w->longest = now - w->since;
     }
     w->since = now;
-    w->working = working;
-    w->step = working ? step : w->step;
-    pthread_mutex_unlock(&w->mutex);
+    w->state = state;
 }
 
 void watch_working(Watch *w, int64_t step) {
-    progress(w, true, step);
+    pthread_mutex_lock(&w->mutex);
+    progress(w, WORKING);
+    w->step = step;
+    pthread_mutex_unlock(&w->mutex);
 }
 
 void watch_resting(Watch *w) {
-    progress(w, false, 0);
+    pthread_mutex_lock(&w->mutex);
+    progress(w, RESTING);
+    pthread_mutex_unlock(&w->mutex);
 }
 
-void watch_waiting(Watch *w, bool waiting) {
+void watch_begin(Watch *w) {
     pthread_mutex_lock(&w->mutex);
-    w->waiting = waiting;
+    w->before = w->state;
+    progress(w, WAITING);
+    w->meeting++;
+    w->sent = false;
+    w->waits_for = 0;
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void watch_wait_for(Watch *w, int rank) {
+    pthread_mutex_lock(&w->mutex);
+    w->waits_for = rank;
     w->since = fox_now();
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void watch_sent(Watch *w) {
+    pthread_mutex_lock(&w->mutex);
+    w->sent = true;
+    pthread_mutex_unlock(&w->mutex);
+}
+
+void watch_end(Watch *w) {
+    pthread_mutex_lock(&w->mutex);
+    progress(w, w->before);
     pthread_mutex_unlock(&w->mutex);
 }
 
@@ -102,10 +132,13 @@ static Message own_status(Watch *w) {
     memset(&m, 0, sizeof m);
     pthread_mutex_lock(&w->mutex);
     m.kind = STATUS;
-    m.working = w->working && !w->waiting;
+    m.state = w->state;
+    m.waits_for = w->waits_for;
+    m.sent = w->sent;
+    m.meeting = w->meeting;
     m.step = w->step;
     m.idle = fox_now() - w->since;
-    m.limit = w->patience > 0 ? w->patience + PAUSES * w->longest : 0;
+    m.limit = w->patience > 0 ? w->patience * (w->state == RESTING ? REST : 1) + PAUSES * w->longest : 0;
     pthread_mutex_unlock(&w->mutex);
     return m;
 }
@@ -153,7 +186,9 @@ void watch_fail(Watch *w, const char *format, ...) {
 void watch_lost(Watch *w, int rank) {
     char name[96];
     ranks_name(w->ranks, rank, name);
-    sleep(5);
+    for (double deadline = fox_now() + 5; fox_now() < deadline;) {
+        usleep(100000); // a signal ends it early
+    }
     watch_fail(w, "the connection to %s is broken", name);
 }
 
@@ -229,14 +264,22 @@ static void take(Watch *w, Peer *peer) {
 /* Rank 0 looks for the rank that has hung the longest beyond its limit. */
 static void judge_progress(Watch *w) {
     Message own = own_status(w);
-    const Message *worst = own.working && own.limit > 0 && own.idle > own.limit ? &own : NULL;
+    const Message *worst = own.limit > 0 && own.idle > own.limit ? &own : NULL;
     int rank = 0;
     for (int i = 0; i < w->peer_count; i++) {
         const Message *m = &w->peers[i].status;
-        if (m->working && m->limit > 0 && m->idle > m->limit && (worst == NULL || m->idle > worst->idle)) {
+        if (m->state != WAITING && m->limit > 0 && m->idle > m->limit && (worst == NULL || m->idle > worst->idle)) {
             worst = m;
             rank = w->peers[i].rank;
         }
+    }
+    if (worst == &own && own.state == WAITING && own.waits_for > 0) {
+        const Message *other = &w->peers[own.waits_for - 1].status;
+        bool arrived = other->meeting == own.meeting && other->sent; // what rank 0 waits for is there: it does not take it
+        if (other->state != WAITING) {
+            return; // it works, within its limit
+        }
+        rank = arrived ? 0 : own.waits_for;
     }
     if (worst != NULL) {
         char name[96];
@@ -277,7 +320,7 @@ static void beat(Watch *w, double now) {
     }
     if (w->parent != 0 && getppid() != w->parent) {
         w->parent = 0;
-        kill(getpid(), SIGTERM);
+        kill(getpid(), SIGTERM); // the main thread's, as from a user: save and end
     }
 }
 

@@ -5,7 +5,7 @@
  *
  *     a rank died                 its connection closes: noticed at once
  *     a rank is stopped           (SIGSTOP, a machine that froze, a cut cable) nothing comes from it for `silence` seconds
- *     a main thread hangs         no progress for `progress` seconds beyond four times its longest pause so far
+ *     a main thread hangs         outside of collectives: no progress for `progress` seconds beyond four times its longest pause so far
  *     a device reports an error   the guard's check() says so
  *
  * Rank 0 decides, tells the others and prints one line with rank, host and step; one rank of every other host prints it too.
@@ -31,8 +31,13 @@ void watch_guard(Watch *, const RanksGuard *);
 void watch_working(Watch *, int64_t step);
 void watch_resting(Watch *);
 
-/* While the main thread waits for other ranks, time does not count against it. */
-void watch_waiting(Watch *, bool waiting);
+/* The main thread does something together with the others: begins; waits for `rank` (rank 0 for each in turn); has sent what
+ * it had to send and waits for rank 0; is done. Waiting for others is no hang. But when rank 0 waits for a rank that waits as
+ * well, one of the two hangs: which, these calls tell. */
+void watch_begin(Watch *);
+void watch_wait_for(Watch *, int rank);
+void watch_sent(Watch *);
+void watch_end(Watch *);
 
 /* The run has failed: tells the others, prints the line, ends this process. For any thread. */
 FOX_PRINTF(2, 3) FOX_NORETURN void watch_fail(Watch *, const char *format, ...);

@@ -1,0 +1,524 @@
+/* Tests of runs on several ranks, started by mpirun and by scripts/launch.sh (TCP alone): the same losses on 1, 2 and 4 of
+ * them, with and without a sharded optimizer; checkpoints go from any number to any other; a rank that is killed, stopped or
+ * hangs ends them all; signals save; refusals. */
+#ifndef FOX_TEST_RANKS_H
+#define FOX_TEST_RANKS_H
+
+#include "../train/partition.h"
+#include "test_runs.h"
+
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <sys/ptrace.h>
+
+enum { RANKS_MAX = 8 };
+
+typedef struct RankFixture {
+    RunFixture run;
+    char launch[600];           /* scripts/launch.sh, absolute */
+    const char *launchers[2];   /* beginnings of a command; the number of ranks follows */
+    int count;
+} RankFixture;
+
+static bool ranks_fixture_create(Tests *t, RankFixture *f) {
+    memset(f, 0, sizeof *f);
+    char *script = realpath("scripts/launch.sh", NULL);
+    if (!check(t, script != NULL, "scripts/launch.sh is there") || !run_fixture_create(t, &f->run)) {
+        free(script);
+        return false;
+    }
+    snprintf(f->launch, sizeof f->launch, "%s", script);
+    free(script);
+    f->launchers[f->count++] = f->launch;
+#ifdef FOX_MPI
+    if (t->quick) { // MPI itself does not pass the leak checker
+        printf("ranks: mpirun is skipped: quick tests\n");
+    } else if (system("mpirun --version >/dev/null 2>&1") == 0) {
+        f->launchers[f->count++] = "mpirun --oversubscribe -np";
+    } else {
+        printf("ranks: mpirun is skipped: it is not there\n");
+    }
+#else
+    printf("ranks: mpirun is skipped: built without MPI\n");
+#endif
+    return true;
+}
+
+/* ---- the partition of the flat space */
+
+/* Every float has one owner; a share is dense; pieces of a bucket are equally long. */
+static void test_ranks_partition(Tests *t) {
+    uint64_t key = data_fresh();
+    for (uint64_t round = 0; round < 300; round++) {
+        int64_t total = 1 + (int64_t)(fox_random(key, 3 * round) % (round % 3 == 0 ? 200000000u : 300000u));
+        int ranks = 1 + (int)(fox_random(key, 3 * round + 1) % 9);
+        Partition p = partition_create(total, ranks);
+        int64_t next = 0, *local = FOX_NEW(int64_t, ranks);
+        bool ok = p.padded >= total && partition_start(&p, p.buckets) == p.padded && (ranks > 1 || p.buckets == 1);
+        for (int k = 0; k < p.buckets; k++) {
+            ok = ok && partition_piece_length(&p, k) % PARTITION_GRAIN == 0 && partition_find(&p, partition_start(&p, k)) == k;
+            for (int r = 0; r < ranks; r++) {
+                Piece piece = partition_piece(&p, k, r);
+                ok = ok && piece.start == next && piece.count >= 0 && (piece.count == 0 || piece.local == local[r]);
+                next += piece.count;
+                local[r] += piece.count;
+                int64_t from = (int64_t)(fox_random(key, 1000 + round) % (uint64_t)total), count = total / 3 + 1;
+                Piece part = partition_within(piece, from, count);
+                int64_t low = piece.start > from ? piece.start : from, high = fox_min64(piece.start + piece.count, from + count);
+                ok = ok && part.count == (high > low ? high - low : 0) &&
+                     (part.count == 0 || (part.start == low && part.local - piece.local == low - piece.start));
+            }
+        }
+        for (int r = 0; r < ranks; r++) {
+            ok = ok && local[r] <= partition_share(&p);
+        }
+        free(local);
+        check(t, ok && next == total, "partition of %lld floats among %d ranks", (long long)total, ranks);
+    }
+}
+
+/* ---- runs */
+
+static void ranks_command(const RankFixture *f, int launcher, int ranks, const char *out, const char *more, char command[8192]) {
+    char train[4096];
+    run_train_command(&f->run, out, more, train);
+    snprintf(command, 8192, "%s %d %s", f->launchers[launcher], ranks, train);
+}
+
+static int ranks_run(const RankFixture *f, int launcher, int ranks, const char *out, const char *more) {
+    char command[8192];
+    ranks_command(f, launcher, ranks, out, more, command);
+    return run_command(&f->run, command);
+}
+
+static const char *ranks_launcher(int launcher) {
+    return launcher == 0 ? "TCP" : "MPI";
+}
+
+/* 1, 2 and 4 ranks: the same losses and gradient norms to 1e-5, and the same validation. For one number of ranks every run,
+ * with -z 0 and -z 1, by either launcher, ends with the same parameters bit for bit. */
+static void test_ranks_same(Tests *t, const RankFixture *f) {
+    const char *options = "-x 20 -n 0 -b 1 -l 1e-3";
+    char command[4096], more[200], what[100], first[20], hash[20];
+    RunLog one, log;
+    run_train_command(&f->run, "one", options, command);
+    if (!run_expect(t, &f->run, "one rank", run_command(&f->run, command), 0)) {
+        return;
+    }
+    run_read_log(&f->run, "one", &one);
+    for (int ranks = 2; ranks <= 4; ranks += 2) {
+        first[0] = '\0';
+        for (int i = 0; i < 2 * f->count; i++) {
+            int zero = i % 2, launcher = i / 2;
+            snprintf(what, sizeof what, "%d ranks (%s, -z %d) against 1", ranks, ranks_launcher(launcher), zero);
+            snprintf(more, sizeof more, "%s -z %d", options, zero);
+            run_expect(t, &f->run, what, ranks_run(f, launcher, ranks, "many", more), 0);
+            run_hash(&f->run, hash);
+            run_read_log(&f->run, "many", &log);
+            run_compare_logs(t, what, &one, &log, 20, 1e-5);
+            check(t, strlen(hash) == 16 && (first[0] == '\0' || strcmp(first, hash) == 0), "%s: hash %s, other runs had %s", what,
+                  hash, first);
+            snprintf(first, sizeof first, "%s", hash);
+            run_remove(&f->run, "many");
+        }
+    }
+}
+
+/* 5 steps each on 1, 4, 2 and 1 ranks, against 20 on one. */
+static void test_ranks_reshard(Tests *t, const RankFixture *f) {
+    static const int numbers[] = {1, 4, 2, 1};
+    char dir[700], command[4096], more[200];
+    RunLog one, log;
+    run_read_log(&f->run, "one", &one);
+    for (int i = 0; i < 4; i++) {
+        snprintf(more, sizeof more, "-x 20 -n 5 -b 1 -l 1e-3 -y -z %d", i == 2 ? 0 : 1);
+        run_train_command(&f->run, "reshard", more, command);
+        int code = numbers[i] == 1 ? run_command(&f->run, command) : ranks_run(f, i % f->count, numbers[i], "reshard", more);
+        run_expect(t, &f->run, "one of 1, 4, 2, 1 ranks", code, 0);
+        for (int step = 5 * (i + 2); step <= 20; step += 5) { // the schedule is of 20 steps: drop what came too early
+            snprintf(dir, sizeof dir, "%s/reshard/step_%08d", f->run.root, step);
+            check(t, remove_directory(dir), "%s can be removed", dir);
+        }
+    }
+    run_read_log(&f->run, "reshard", &log);
+    check(t, log.starts == 4, "1, 4, 2, 1 ranks: four starts, found %d", log.starts);
+    run_compare_logs(t, "1, 4, 2, 1 ranks against 1", &one, &log, 20, 1e-5);
+}
+
+/* ---- processes */
+
+/* A number in a process's environment; -1: not there. */
+static int ranks_environment(pid_t process, const char *name) {
+    char path[64], text[65536];
+    snprintf(path, sizeof path, "/proc/%d/environ", (int)process);
+    FILE *file = fopen(path, "r");
+    size_t length = file != NULL ? fread(text, 1, sizeof text - 1, file) : 0, at = strlen(name);
+    if (file != NULL) {
+        fclose(file);
+    }
+    text[length] = '\0';
+    for (size_t i = 0; i < length; i += strlen(text + i) + 1) {
+        if (strncmp(text + i, name, at) == 0 && text[i + at] == '=') {
+            return atoi(text + i + at + 1);
+        }
+    }
+    return -1;
+}
+
+static pid_t ranks_parent(pid_t process) {
+    char path[64], line[512];
+    int parent = -1;
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)process);
+    FILE *file = fopen(path, "r");
+    if (file != NULL) {
+        const char *end = fgets(line, sizeof line, file) != NULL ? strrchr(line, ')') : NULL;
+        if (end == NULL || sscanf(end + 1, " %*c %d", &parent) != 1) {
+            parent = -1;
+        }
+        fclose(file);
+    }
+    return parent;
+}
+
+/* The processes of the ranks that `launcher` started; false while not all are there. */
+static bool ranks_find(pid_t launcher, int count, pid_t processes[RANKS_MAX]) {
+    int found = 0;
+    DIR *dir = opendir("/proc");
+    for (struct dirent *item; dir != NULL && (item = readdir(dir)) != NULL;) {
+        pid_t process = (pid_t)atoi(item->d_name);
+        if (process <= 0 || ranks_parent(process) != launcher) {
+            continue;
+        }
+        int rank = ranks_environment(process, "RANK");
+        rank = rank >= 0 ? rank : ranks_environment(process, "OMPI_COMM_WORLD_RANK");
+        if (rank >= 0 && rank < count) {
+            processes[rank] = process;
+            found++;
+        }
+    }
+    if (dir != NULL) {
+        closedir(dir);
+    }
+    return found == count;
+}
+
+/* Starts a long run and waits until it has made `steps` steps. */
+static pid_t ranks_start(Tests *t, const RankFixture *f, int launcher, int count, const char *out, const char *more, int steps,
+                         pid_t processes[RANKS_MAX]) {
+    char command[8192];
+    RunLog log;
+    ranks_command(f, launcher, count, out, more, command);
+    pid_t child = run_start(&f->run, command, 1, 0);
+    double deadline = fox_now() + 60;
+    do {
+        run_sleep(0.01);
+        run_read_log(&f->run, out, &log);
+    } while (log.last < steps && fox_now() < deadline);
+    check(t, log.last >= steps && ranks_find(child, count, processes), "%d ranks run (%s), step %d", count, ranks_launcher(launcher),
+          log.last);
+    return child;
+}
+
+/* None of the ranks is left, a zombie neither. */
+static void ranks_check_gone(Tests *t, const char *what, const pid_t *processes, int count) {
+    double deadline = fox_now() + 15;
+    int left = 1;
+    while (left > 0 && fox_now() < deadline) {
+        left = 0;
+        for (int r = 0; r < count; r++) {
+            left += processes[r] > 0 && kill(processes[r], 0) == 0;
+        }
+        run_sleep(left > 0 ? 0.05 : 0);
+    }
+    check(t, left == 0, "%s: %d processes are left", what, left);
+    for (int r = 0; r < count; r++) {
+        if (processes[r] > 0 && left > 0) {
+            kill(processes[r], SIGKILL);
+        }
+    }
+}
+
+#define RANKS_LONG "-x 400 -n 4 -b 1 -l 1e-3 --hang-timeout 3" /* of steps that take some milliseconds */
+
+/* Goes on from what a lost run left, to its end: nothing is missing. */
+static void ranks_check_rest(Tests *t, const RankFixture *f, const char *what, const char *hash) {
+    char found[20];
+    run_expect(t, &f->run, what, ranks_run(f, 0, 4, "lost", RANKS_LONG " -y"), 0);
+    run_hash(&f->run, found);
+    check(t, strcmp(hash, found) == 0, "%s, then resumed: hash %s, expected %s", what, found, hash);
+    run_remove(&f->run, "lost");
+}
+
+typedef enum Loss { LOSS_KILL, LOSS_STOP, LOSS_HANG } Loss;
+
+/* Stops one thread of a process, not the others: a main thread that hangs. A child of ours traces it, until it is gone. */
+static bool ranks_hang(pid_t process) {
+    int report[2];
+    char ok = 0;
+    if (pipe(report) != 0) {
+        return false;
+    }
+    fflush(stdout);
+    if (fork() == 0) {
+        int status;
+        ok = ptrace(PTRACE_SEIZE, process, NULL, NULL) == 0 && ptrace(PTRACE_INTERRUPT, process, NULL, NULL) == 0;
+        if (write(report[1], &ok, 1) == 1) {
+            while (ok && waitpid(process, &status, 0) >= 0 && !WIFEXITED(status) && !WIFSIGNALED(status)) {
+            }
+        }
+        _exit(0);
+    }
+    bool told = read(report[0], &ok, 1) == 1;
+    close(report[0]);
+    close(report[1]);
+    return told && ok;
+}
+
+/* A rank is lost: within the limit all end, with an error and a line that names it, and the last checkpoint is whole. */
+static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim, Loss loss, const char *hash) {
+    static const char *const words[] = {"was lost", "was silent", "made no progress"};
+    static const char *const names[] = {"killed", "stopped", "hung"};
+    pid_t processes[RANKS_MAX] = {0};
+    char what[100], name[32], dir[600], path[1024];
+    FoxError err = {{0}};
+    snprintf(what, sizeof what, "rank %d of 4 %s (%s)", victim, names[loss], ranks_launcher(launcher));
+    snprintf(name, sizeof name, "error: rank %d (", victim);
+    /* while a checkpoint is written more time passes before a pause is a hang: hang where none is */
+    bool hang = loss == LOSS_HANG;
+    pid_t child = ranks_start(t, f, launcher, 4, "lost", hang ? RANKS_LONG " -n 150" : RANKS_LONG, hang ? 151 : 12, processes);
+    double start = fox_now();
+    if (loss == LOSS_HANG && !ranks_hang(processes[victim])) {
+        printf("ranks: a main thread that hangs is skipped: no ptrace here (%s)\n", strerror(errno));
+        kill(child, SIGTERM);
+        run_wait(child);
+        run_remove(&f->run, "lost");
+        return;
+    }
+    if (loss != LOSS_HANG) {
+        kill(processes[victim], loss == LOSS_KILL ? SIGKILL : SIGSTOP);
+    }
+    int code = run_wait(child);
+    double seconds = fox_now() - start;
+    char *text = run_output(&f->run, "stderr");
+    check(t, code != 0 && seconds < (loss == LOSS_KILL ? 15 : 40), "%s: code %d after %.1f s", what, code, seconds);
+    check(t, strstr(text, name) != NULL && strstr(text, words[loss]) != NULL && strstr(text, " in step ") != NULL,
+          "%s: a line with rank, host and step, found: %s", what, text);
+    free(text);
+    ranks_check_gone(t, what, processes, 4);
+    snprintf(dir, sizeof dir, "%s/lost", f->run.root);
+    check(t, checkpoint_latest(dir, path, &err), "%s: the last checkpoint is whole, found %s %s", what, path, err.text);
+    printf("ranks: %s: all ended after %.1f s\n", what, seconds);
+    ranks_check_rest(t, f, what, hash);
+}
+
+static void test_ranks_loss(Tests *t, const RankFixture *f, const char *hash) {
+    int other = f->count - 1;
+    ranks_lose(t, f, 0, 2, LOSS_KILL, hash);
+    ranks_lose(t, f, other, 2, LOSS_STOP, hash);
+    if (!t->quick) {
+        ranks_lose(t, f, other, 0, LOSS_KILL, hash);
+        ranks_lose(t, f, other, 0, LOSS_STOP, hash);
+        ranks_lose(t, f, 0, 1, LOSS_STOP, hash);
+        ranks_lose(t, f, other, 3, LOSS_HANG, hash);
+        ranks_lose(t, f, other, 0, LOSS_HANG, hash);
+    }
+}
+
+/* Random ranks are killed at random moments of a run that checkpoints at every step: it always goes on, and ends as one that
+ * was left alone. */
+static void test_ranks_kills(Tests *t, const RankFixture *f) {
+    const char *wish = getenv("FOX_RANK_KILLS"), *options = "-x 20 -n 1 -b 1 -y";
+    int kills = wish != NULL ? atoi(wish) : t->quick ? 1 : 4, killed = 0, finished = 0;
+    uint64_t key = data_fresh();
+    char command[8192], hash[20], found[20];
+    double started = fox_now();
+    run_expect(t, &f->run, "4 ranks left alone", ranks_run(f, 0, 4, "alone4", options), 0);
+    double duration = fox_now() - started;
+    run_hash(&f->run, hash);
+    bool ok = true;
+    for (uint64_t i = 0; ok && (killed < kills || finished == 0); i++) {
+        pid_t processes[RANKS_MAX] = {0};
+        bool strike = killed < kills;
+        ranks_command(f, (int)(i % (uint64_t)f->count), 4, "killed4", options, command);
+        pid_t child = run_start(&f->run, command, 1, 0);
+        if (strike) {
+            run_sleep(duration * fox_uniform(key, 2 * i));
+            ranks_find(child, 4, processes);
+            pid_t victim = processes[fox_random(key, 2 * i + 1) % 4];
+            strike = victim > 0 && kill(victim, SIGKILL) == 0;
+        }
+        int code = run_wait(child);
+        ranks_check_gone(t, "after a random kill", processes, 4);
+        if (strike && code != 0) {
+            killed++;
+            continue;
+        }
+        ok = run_expect(t, &f->run, "a run whose ranks were killed before", code, 0);
+        run_hash(&f->run, found);
+        ok = check(t, strcmp(hash, found) == 0, "after %d kills of ranks the hash is %s, expected %s", killed, found, hash) && ok;
+        run_remove(&f->run, "killed4");
+        finished++;
+    }
+    run_remove(&f->run, "alone4");
+    printf("ranks: %d kills of random ranks, %d runs came to their end, all with hash %s\n", killed, finished, hash);
+}
+
+/* ---- signals */
+
+/* A signal to one rank, or to the launcher: all finish the step, one checkpoint is saved, the exit code is 0 (mpirun, which
+ * answers SIGTERM with 1, apart), and the rest of the run ends as if nothing had been. */
+static void ranks_signal(Tests *t, const RankFixture *f, int launcher, int victim, int number, int expected, const char *hash) {
+    pid_t processes[RANKS_MAX] = {0};
+    char what[100], dir[600], path[1024];
+    RunLog log;
+    FoxError err = {{0}};
+    snprintf(what, sizeof what, "signal %d to %s (%s)", number, victim >= 0 ? "a rank" : "the launcher", ranks_launcher(launcher));
+    pid_t child = ranks_start(t, f, launcher, 4, "lost", RANKS_LONG, 12, processes);
+    kill(victim >= 0 ? processes[victim] : child, number);
+    run_expect(t, &f->run, what, run_wait(child), expected);
+    ranks_check_gone(t, what, processes, 4);
+    run_read_log(&f->run, "lost", &log);
+    snprintf(dir, sizeof dir, "%s/lost", f->run.root);
+    bool saved = checkpoint_latest(dir, path, &err);
+    check(t, log.last < 400 && saved && atoi(strrchr(path, '_') + 1) == log.last, "%s: checkpoint of step %d, found %s %s", what,
+          log.last, path, err.text);
+    ranks_check_rest(t, f, what, hash);
+}
+
+static void test_ranks_signals(Tests *t, const RankFixture *f, const char *hash) {
+    ranks_signal(t, f, 0, 3, SIGTERM, 0, hash);
+    ranks_signal(t, f, 0, -1, SIGTERM, 0, hash);
+    if (f->count > 1) {
+        ranks_signal(t, f, 1, 0, SIGTERM, 0, hash);
+        ranks_signal(t, f, 1, -1, SIGUSR1, 0, hash);
+        ranks_signal(t, f, 1, -1, SIGTERM, 1, hash);
+        ranks_signal(t, f, 1, -1, SIGKILL, -SIGKILL, hash); // the ranks notice that mpirun is gone
+    }
+}
+
+/* ---- refusals */
+
+/* Two ranks of which the second is another: it adds options, or stands in another folder. One line says what differs. */
+static void test_ranks_refusals(Tests *t, const RankFixture *f) {
+    static const struct {
+        const char *what, *extra, *folder, *arguments, *expected;
+    } cases[] = {
+        {"other options", "--lr 0.5", ".", "", "different options"},
+        {"an unknown option", "--worm", ".", "", "--worm"},
+        {"other data", "", "elsewhere", "", "different shards"},
+        {"other weights", "", "elsewhere", "-i here -j val -e start", "different weights"},
+        {"another checkpoint", "", "elsewhere", "-i here -j val -e start -o run -y", "different weights"},
+        {"no data", "-i none", ".", "", "none"},
+    };
+    const RunFixture *run = &f->run;
+    char script[4000], command[8192], train[4096], path[1400];
+    /* elsewhere/data: other shards; elsewhere/here, elsewhere/val: the same; elsewhere/start, elsewhere/run: other weights */
+    snprintf(command, sizeof command, "/bin/sh %s/elsewhere.sh", run->root);
+    snprintf(script, sizeof script,
+             "mkdir -p elsewhere/data elsewhere/run && cp data/a_train.bin data/val.bin elsewhere/data && ln -s ../data elsewhere/here && "
+             "ln -s data here && ln -s data/val.bin val && ln -s ../data/val.bin elsewhere/val && cp -r %s start && cp -r %s "
+             "elsewhere/start\n", run->model, run->model);
+    run_put(run, "elsewhere.sh", script, 0);
+    run_expect(t, run, "two folders that differ", run_command(run, command), 0);
+    snprintf(path, sizeof path, "%s/elsewhere/start/model.safetensors", run->root);
+    FILE *file = fopen(path, "r+b"); // the last number of the last tensor
+    check(t, file != NULL && fseek(file, -4, SEEK_END) == 0 && fwrite("\0\0\0\1", 4, 1, file) == 1 && fclose(file) == 0, "%s", path);
+    run_train_command(run, "run", "-x 4 -i here -j val -e start -b 1", command);
+    run_expect(t, run, "a run to resume", run_command(run, command), 0);
+    snprintf(command, sizeof command, "cp -r %s/run %s/elsewhere", run->root, run->root);
+    run_command(run, command);
+    snprintf(path, sizeof path, "%s/elsewhere/run/step_00000004/model.safetensors", run->root);
+    file = fopen(path, "r+b");
+    check(t, file != NULL && fseek(file, -4, SEEK_END) == 0 && fwrite("\0\0\0\1", 4, 1, file) == 1 && fclose(file) == 0, "%s", path);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        snprintf(script, sizeof script, "if [ \"$RANK\" = 1 ]; then cd %s && exec \"$@\" %s; fi\nexec \"$@\"\n", cases[i].folder,
+                 cases[i].extra);
+        run_put(run, "odd.sh", script, 0);
+        char more[300];
+        snprintf(more, sizeof more, "-x 8 -n 0 -b 1 %s", cases[i].arguments);
+        run_train_command(run, "odd", more, train);
+        snprintf(command, sizeof command, "%s 2 /bin/sh %s/odd.sh %s", f->launch, run->root, train);
+        int code = run_command(run, command);
+        char *text = run_output(run, "stderr");
+        check(t, code == 1 && run_count(text, "train_fox: error: rank ") == 1 && run_count(text, "\n") == 1 &&
+                     strstr(text, cases[i].expected) != NULL,
+              "%s: expected code 1 and one line with '%s', found code %d: %s", cases[i].what, cases[i].expected, code, text);
+        free(text);
+    }
+}
+
+/* Variables of the environment that make no sense. */
+static void test_ranks_environment(Tests *t, const RankFixture *f) {
+    static const struct {
+        const char *variables, *expected;
+    } cases[] = {
+        {"WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29999", "RANK is ''"},
+        {"WORLD_SIZE=2 RANK=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29999", "RANK is '2'"},
+        {"WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1", "MASTER_PORT is ''"},
+        {"WORLD_SIZE=2 RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=70000", "MASTER_PORT is '70000'"},
+        {"WORLD_SIZE=2 RANK=0 MASTER_PORT=29999", "MASTER_ADDR is missing"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        char command[4300], train[4096];
+        run_train_command(&f->run, "odd", "-x 2", train);
+        snprintf(command, sizeof command, "env %s %s", cases[i].variables, train);
+        int code = run_command(&f->run, command);
+        char *text = run_output(&f->run, "stderr");
+        check(t, code == 1 && run_count(text, "\n") == 1 && strstr(text, cases[i].expected) != NULL,
+              "%s: expected code 1 and one line with '%s', found %d: %s", cases[i].variables, cases[i].expected, code, text);
+        free(text);
+    }
+}
+
+/* While rank 0 waits for rank 1, a stranger connects and talks: it is turned away. */
+static void test_ranks_stranger(Tests *t, const RankFixture *f) {
+    char command[4300], train[4096];
+    int port = 20000 + (int)(data_fresh() % 12000);
+    struct sockaddr_in address;
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    run_train_command(&f->run, "stranger", "-x 2 -b 1", train);
+    snprintf(command, sizeof command, "env WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=%d %s", port, train);
+    pid_t first = run_start(&f->run, command, 1, 0);
+    double deadline = fox_now() + 20;
+    int fd = -1;
+    while (fd < 0 && fox_now() < deadline) {
+        fd = socket(AF_INET, SOCK_STREAM, 0);
+        if (connect(fd, (struct sockaddr *)&address, sizeof address) != 0) {
+            close(fd);
+            fd = -1;
+            run_sleep(0.02);
+        }
+    }
+    char noise[4096];
+    memset(noise, 'x', sizeof noise);
+    check(t, fd >= 0 && send(fd, noise, sizeof noise, MSG_NOSIGNAL) > 0, "a stranger can connect");
+    snprintf(command, sizeof command, "env WORLD_SIZE=2 RANK=1 MASTER_ADDR=localhost MASTER_PORT=%d %s", port, train);
+    pid_t second = run_start(&f->run, command, 1, 0);
+    run_expect(t, &f->run, "rank 1 beside a stranger", run_wait(second), 0);
+    run_expect(t, &f->run, "rank 0 beside a stranger", run_wait(first), 0);
+    close(fd);
+}
+
+static void test_ranks(Tests *t) {
+    RankFixture f;
+    char hash[20];
+    test_ranks_partition(t);
+    if (!ranks_fixture_create(t, &f)) {
+        return;
+    }
+    test_ranks_same(t, &f);
+    test_ranks_reshard(t, &f);
+    test_ranks_environment(t, &f);
+    test_ranks_stranger(t, &f);
+    test_ranks_refusals(t, &f);
+    run_expect(t, &f.run, "4 ranks left alone", ranks_run(&f, 0, 4, "reference", RANKS_LONG), 0);
+    run_hash(&f.run, hash);
+    test_ranks_signals(t, &f, hash);
+    test_ranks_loss(t, &f, hash);
+    test_ranks_kills(t, &f);
+}
+
+#endif
