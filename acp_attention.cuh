@@ -32,7 +32,9 @@
  * Decay in float32. c reaches 10^5 while c_i - c_j matters to 10^-4, so c itself is only ever held in double. In units
  * of log 2, with the first row of every block as its base, a pair of blocks (m, n) sees
  *     (c_i - c_j) log2(e) = -lift_i + (base_m - base_n) + lift_j,     lift_t = (c_(block start) - c_t) log2(e) >= 0:
- * lift is a float vector, base a double per block, subtracted in double once per pair of blocks.
+ * lift is a float vector, base a pair of floats per block (its rounded value and the rest): differences of the first
+ * parts are exact where they are small enough to matter. Double arithmetic would wait for the tensor cores, whose pipe
+ * it shares.
  *
  * Backward, with P rebuilt from lse and delta_i = dO_i.o_i:
  *     dS = P (dO V^T - delta),   dV = P^T dO,   dQ = dS K / sqrt(D),   dK = dS^T Q / sqrt(D)
@@ -66,11 +68,11 @@ enum {
 /* Kept from forward to backward. BH = B*H rows, `blocks` = ceil(T / 128), `padded` = 128 * blocks. */
 typedef struct AcpSaved {
     double *c;     /* [BH, T], cumulative log gates */
-    double *base;  /* [BH, blocks], log2(e) * c at the first row of each block */
+    float2 *base;  /* [BH, blocks], log2(e) * c at the first row of each block, as a sum of two floats */
     float *lift;   /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
     int *first;    /* [BH, blocks], first key block of each query block */
     int *last;     /* [BH, blocks], last query block of each key block */
-    int *order[2]; /* [BH * blocks] each, the longest first: row * tiles + tile of queries, row * blocks + key block */
+    int *order[2]; /* [BH * blocks] each, the longest first: row * tiles + tile, of queries and of keys */
 } AcpSaved;
 
 /* Shared by all layers; forward and backward use different parts at different times. */
@@ -83,7 +85,8 @@ typedef struct AcpWork {
     float *log_mass; /* [BH, blocks], log of the decayed mass of all blocks before */
     int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
     /* backward */
-    float2 *stats; /* [BH, padded], of each query: (-lift - lse) in units of log 2, and delta; (-inf, 0) beyond T */
+    float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf beyond T */
+    float *delta;  /* [BH, padded], of each query dO.o; 0 beyond T */
     float *dc;     /* [BH, padded], row sums of dS minus column sums */
 } AcpWork;
 
@@ -103,7 +106,7 @@ static inline AcpSaved acp_saved(const AcpShape *shape, void *memory, int64_t *b
     char *start = (char *)memory;
     AcpSaved s;
     s.c = (double *)acp_take(start, &used, BH * shape->T, sizeof(double));
-    s.base = (double *)acp_take(start, &used, BH * blocks, sizeof(double));
+    s.base = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
     s.lift = (float *)acp_take(start, &used, BH * blocks * ACP_BLOCK, sizeof(float));
     s.first = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     s.last = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
@@ -126,7 +129,8 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     int64_t forward = used;
     used = common; /* the backward pass no longer needs what found the ranges */
-    w.stats = (float2 *)acp_take(start, &used, BH * padded, sizeof(float2));
+    w.offset = (float *)acp_take(start, &used, BH * padded, sizeof(float));
+    w.delta = (float *)acp_take(start, &used, BH * padded, sizeof(float));
     w.dc = (float *)acp_take(start, &used, BH * padded, sizeof(float));
     *bytes = used > forward ? used : forward;
     return w;
@@ -237,7 +241,9 @@ static __global__ void acp_scan_kernel(AcpScan s) {
     if (threadIdx.x * 8 % ACP_BLOCK == 0) {
         starts[block] = value[0];
         if (e0 < s.T) {
-            s.saved.base[bh * s.blocks + e0 / ACP_BLOCK] = value[0] * ACP_LOG2E;
+            double base = value[0] * ACP_LOG2E;
+            s.saved.base[bh * s.blocks + e0 / ACP_BLOCK] =
+                make_float2((float)base, (float)(base - (double)(float)base));
         }
     }
     __syncthreads();
@@ -546,22 +552,20 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
 
 /* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among
  * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order
- * within a level may differ from run to run; results do not depend on it. `queries`: in a tile, a multiple of 64, which
- * may begin in the middle of a block. */
+ * within a level may differ from run to run; results do not depend on it. rows: of queries and of keys in a tile,
+ * multiples of 64, so that a tile may begin in the middle of a block. */
 struct AcpOrder {
-    int T, blocks, BH, queries;
+    int T, blocks, BH, rows[2];
     AcpSaved saved;
 
-    __host__ __device__ int tiles(bool of_keys) const {
-        return of_keys ? blocks : (T + queries - 1) / queries;
+    __device__ int tiles(bool of_keys) const {
+        return (T + rows[of_keys] - 1) / rows[of_keys];
     }
     /* Blocks that tile i has to visit, less one. */
     __device__ int length(bool of_keys, int i) const {
-        if (of_keys) {
-            return saved.last[i] - i % blocks;
-        }
-        int row = i / tiles(false), start = i % tiles(false) * queries;
-        return (min(T, start + queries) - 1) / ACP_BLOCK - saved.first[row * blocks + start / ACP_BLOCK];
+        int row = i / tiles(of_keys) * blocks, start = i % tiles(of_keys) * rows[of_keys];
+        int own[2] = {start / ACP_BLOCK, (min(T, start + rows[of_keys]) - 1) / ACP_BLOCK}; /* first and last block */
+        return of_keys ? saved.last[row + own[1]] - own[0] : own[1] - saved.first[row + own[0]];
     }
 };
 
@@ -593,6 +597,11 @@ static __global__ void acp_order_kernel(AcpOrder o) {
     for (int i = threadIdx.x; i < count; i += 1024) {
         o.saved.order[of_keys][atomicAdd(&place[o.length(of_keys, i) * LEVELS / o.blocks], 1)] = i;
     }
+}
+
+/* base_m - base_n */
+static __device__ __forceinline__ float acp_shift(float2 m, float2 n) {
+    return (m.x - n.x) + (m.y - n.y);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -635,8 +644,8 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride),
                *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
     const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
-    const double *base = p.saved.base + bh * in.blocks;
-    const double own_base = base[m];
+    const float2 *base = p.saved.base + bh * in.blocks;
+    const float2 own_base = base[m];
     uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
 
     auto load = [&](int n) {
@@ -670,7 +679,7 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
             continue; /* all keys after all of this warp's queries */
         }
         int stage = n % 2;
-        float shift = (float)(own_base - base[n * KEYS / ACP_BLOCK]);
+        float shift = acp_shift(own_base, base[n * KEYS / ACP_BLOCK]);
         float s[MT][NT][4];
         acp_product_abt<D, MT, NT>(s, q, sk + stage * TILE + acp_lane_b<D>());
         if (n * KEYS + KEYS - 1 > q0 + row0) {
@@ -771,8 +780,8 @@ static __global__ void acp_stats_kernel(AcpBackward p, int64_t rows) {
     float delta = acp_row_sum<D>(acp_dot8(o, dout));
     if (row < rows && threadIdx.x % LANES == 0) {
         int64_t at = bh * padded + t;
-        float offset = inside ? -p.saved.lift[at] - p.lse[bh * T + t] * (float)ACP_LOG2E : -INFINITY;
-        p.work.stats[at] = make_float2(offset, delta);
+        p.work.offset[at] = inside ? -p.saved.lift[at] - p.lse[bh * T + t] * (float)ACP_LOG2E : -INFINITY;
+        p.work.delta[at] = delta;
     }
 }
 
@@ -808,8 +817,8 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride),
                *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
     const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
-    const double *base = p.saved.base + bh * in.blocks;
-    const double own_base = base[m];
+    const float2 *base = p.saved.base + bh * in.blocks;
+    const float2 own_base = base[m];
     uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
 
     auto load = [&](int n) {
@@ -825,9 +834,9 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     float offset[MT][2], delta[MT][2], sum[MT][2];
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        float2 stats = p.work.stats[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4];
-        offset[i / 2][i % 2] = stats.x;
-        delta[i / 2][i % 2] = stats.y;
+        int64_t t = bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4;
+        offset[i / 2][i % 2] = p.work.offset[t];
+        delta[i / 2][i % 2] = p.work.delta[t];
         sum[i / 2][i % 2] = 0;
     }
     acp_copies_done();
@@ -845,7 +854,7 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
             load(n - 1);
         }
         int stage = n % 2;
-        float shift = (float)(own_base - base[n * KEYS / ACP_BLOCK]);
+        float shift = acp_shift(own_base, base[n * KEYS / ACP_BLOCK]);
 #pragma unroll
         for (int part = 0; part < KEYS / 32; part++) {
             int j = n * KEYS + part * 32;
@@ -884,7 +893,7 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
         float error = acp_quad_sum(sum[i / 2][i % 2]);
         roots[i / 2][i % 2] = root;
         if (lane % 4 == 0) {
-            p.work.stats[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4].y = delta[i / 2][i % 2] + error;
+            p.work.delta[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4] = delta[i / 2][i % 2] + error;
         }
     }
     acp_store_rows<D, MT>(dq, roots, shared.q, row0, p.dq + acp_row<D>(bh, q0 + row0, in.T, in.H, d), d,
@@ -902,7 +911,7 @@ template <int D>
 struct alignas(1024) AcpDkdvShared {
     unsigned char k[ACP_BLOCK * D * 2], v[ACP_BLOCK * D * 2];
     unsigned char q[2][AcpDkdvTraits<D>::QUERIES * D * 2], dout[2][AcpDkdvTraits<D>::QUERIES * D * 2];
-    float2 stats[2][AcpDkdvTraits<D>::QUERIES];
+    float offset[2][AcpDkdvTraits<D>::QUERIES], delta[2][AcpDkdvTraits<D>::QUERIES];
 };
 
 /* One key block. Logits are computed transposed (rows are keys), so that P^T and dS^T leave the tensor cores as the A
@@ -923,16 +932,18 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
     int k0 = n * ACP_BLOCK, row0 = threadIdx.x / 32 * (16 * MT), lane = threadIdx.x % 32;
     int begin = k0 / QUERIES, end = (min(in.T, (p.saved.last[bh * in.blocks + n] + 1) * ACP_BLOCK) - 1) / QUERIES;
     const bf16 *q = in.q + acp_row<D>(bh, 0, in.T, in.H, in.stride), *dout = p.dout + acp_row<D>(bh, 0, in.T, in.H, d);
-    const float2 *stats = p.work.stats + bh * in.blocks * ACP_BLOCK;
-    const double *base = p.saved.base + bh * in.blocks;
-    const double own_base = base[n];
-    uint32_t sq = acp_shared(shared.q), sdout = acp_shared(shared.dout), sstats = acp_shared(shared.stats);
+    const float *offset = p.work.offset + bh * in.blocks * ACP_BLOCK,
+                *delta = p.work.delta + bh * in.blocks * ACP_BLOCK;
+    const float2 *base = p.saved.base + bh * in.blocks;
+    const float2 own_base = base[n];
+    uint32_t sq = acp_shared(shared.q), sdout = acp_shared(shared.dout);
 
     auto load = [&](int m) {
         int stage = m % 2, i = m * QUERIES;
         acp_load_tile<D, QUERIES, THREADS>(sq + stage * TILE, q + i * in.stride, in.stride, in.T - i);
         acp_load_tile<D, QUERIES, THREADS>(sdout + stage * TILE, dout + i * d, d, in.T - i);
-        acp_load_floats<QUERIES * 2>(sstats + stage * QUERIES * 8, reinterpret_cast<const float *>(stats + i));
+        acp_load_floats<QUERIES>(acp_shared(shared.offset[stage]), offset + i);
+        acp_load_floats<QUERIES>(acp_shared(shared.delta[stage]), delta + i);
     };
     int64_t at = acp_row<D>(bh, k0, in.T, in.H, in.stride);
     acp_load_tile<D, ACP_BLOCK, THREADS>(acp_shared(shared.k), in.k + at, in.stride, in.T - k0);
@@ -960,7 +971,7 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
             load(m + 1);
         }
         int stage = m % 2;
-        float shift = (float)(base[m * QUERIES / ACP_BLOCK] - own_base), key[MT][2];
+        float shift = acp_shift(base[m * QUERIES / ACP_BLOCK], own_base), key[MT][2];
 #pragma unroll
         for (int i = 0; i < MT * 2; i++) {
             key[i / 2][i % 2] = lift[i / 2][i % 2] + shift;
@@ -977,16 +988,18 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
             if (i0 < k0 + row0 + 16 * MT - 1) {
                 acp_mask<MT, NT, true>(s, k0 + row0, i0);
             }
-            const float2 *queries = &shared.stats[stage][part * PART + lane % 4 * 2]; /* offset and delta */
+            const float *offsets = &shared.offset[stage][part * PART + lane % 4 * 2];
+            const float *deltas = &shared.delta[stage][part * PART + lane % 4 * 2];
             acp_product_abt<D, MT, NT>(dp, v, sdout + tile + acp_lane_b<D>());
 #pragma unroll
             for (int nt = 0; nt < NT; nt++) {
-                float4 pair = *reinterpret_cast<const float4 *>(&queries[nt * 8]); /* of two neighbouring queries */
+                float2 query = *reinterpret_cast<const float2 *>(&offsets[nt * 8]); /* two neighbours */
+                float2 sums = *reinterpret_cast<const float2 *>(&deltas[nt * 8]);
 #pragma unroll
                 for (int i = 0; i < MT * 4; i++) { /* P in place of the logits, dS in place of dP */
                     int mt = i / 4, e = i % 4;
-                    s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, e % 2 ? pair.z : pair.x, key[mt][e / 2]);
-                    dp[mt][nt][e] = s[mt][nt][e] * (dp[mt][nt][e] - (e % 2 ? pair.w : pair.y));
+                    s[mt][nt][e] = acp_weight(s[mt][nt][e], scale, e % 2 ? query.y : query.x, key[mt][e / 2]);
+                    dp[mt][nt][e] = s[mt][nt][e] * (dp[mt][nt][e] - (e % 2 ? sums.y : sums.x));
                     sum[mt][e / 2] += dp[mt][nt][e];
                 }
             }
@@ -1035,8 +1048,9 @@ static bool acp_on_hopper(const AcpShape *shape) {
 }
 
 /* The order of thread blocks for the kernels that follow. */
-static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, int BH, int queries, cudaStream_t stream) {
-    AcpOrder order = {in.T, in.blocks, BH, queries, saved};
+static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, int BH, int queries, int keys,
+                          cudaStream_t stream) {
+    AcpOrder order = {in.T, in.blocks, BH, {queries, keys}, saved};
     acp_order_kernel<<<2, 1024, 0, stream>>>(order);
     CUDA_CHECK_LAUNCH();
 }
@@ -1046,12 +1060,12 @@ template <int D>
 static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaStream_t stream) {
     int BH = shape->B * shape->H;
     if (!acp_on_hopper(shape)) {
-        acp_run_order(args.in, args.saved, BH, ACP_BLOCK, stream);
+        acp_run_order(args.in, args.saved, BH, ACP_BLOCK, ACP_BLOCK, stream);
         acp_launch(acp_forward_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), args, stream);
         return;
     }
     using Traits = HopperForward<D>;
-    acp_run_order(args.in, args.saved, BH, Traits::QUERIES, stream);
+    acp_run_order(args.in, args.saved, BH, Traits::QUERIES, HopperDkdv<D>::KEYS, stream);
     HopperForwardArgs hopper = hopper_forward_args<D>(shape, args);
     acp_launch(hopper_forward_kernel<D>, BH * hopper.tiles, Traits::THREADS, sizeof(HopperForwardShared<D>), hopper,
                stream);
@@ -1065,10 +1079,12 @@ static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStrea
         acp_launch(acp_dq_kernel<D>, tiles, 128, sizeof(AcpDqShared<D>), args, stream);
         return;
     }
-    if (HopperForward<D>::QUERIES != ACP_BLOCK) {
-        acp_run_order(args.in, args.saved, shape->B * shape->H, ACP_BLOCK, stream);
+    using Traits = HopperDq<D>;
+    if (Traits::QUERIES != HopperForward<D>::QUERIES) {
+        acp_run_order(args.in, args.saved, shape->B * shape->H, Traits::QUERIES, HopperDkdv<D>::KEYS, stream);
     }
-    acp_launch(hopper_dq_kernel<D>, tiles, HopperDq<D>::THREADS, sizeof(HopperDqShared<D>),
+    tiles = shape->B * shape->H * ((shape->T + Traits::QUERIES - 1) / Traits::QUERIES);
+    acp_launch(hopper_dq_kernel<D>, tiles, Traits::THREADS, sizeof(HopperDqShared<D>),
                hopper_backward_args<D>(shape, args), stream);
 }
 
@@ -1079,7 +1095,9 @@ static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStr
         acp_launch(acp_dkdv_kernel<D>, tiles, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args, stream);
         return;
     }
-    acp_launch(hopper_dkdv_kernel<D>, tiles, HopperDkdv<D>::THREADS, sizeof(HopperDkdvShared<D>),
+    using Traits = HopperDkdv<D>;
+    tiles = shape->B * shape->H * ((shape->T + Traits::KEYS - 1) / Traits::KEYS);
+    acp_launch(hopper_dkdv_kernel<D>, tiles, Traits::THREADS, sizeof(HopperDkdvShared<D>),
                hopper_backward_args<D>(shape, args), stream);
 }
 
@@ -1173,8 +1191,16 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
     AcpScan scan = {in.T, in.blocks, log_f, NULL, work.chunk_sums, saved, NULL};
-    AcpRanges ranges = {shape->mode, in.T, in.H, shape->D, in.blocks, shape->log_tolerance, q_norm, k_norm,
-                        shape->shared_norm, counts != NULL ? counts->skipped : NULL,
+    AcpRanges ranges = {shape->mode,
+                        in.T,
+                        in.H,
+                        shape->D,
+                        in.blocks,
+                        shape->log_tolerance,
+                        q_norm,
+                        k_norm,
+                        shape->shared_norm,
+                        counts != NULL ? counts->skipped : NULL,
                         counts != NULL ? counts->total : NULL};
     AcpForward args = {in, saved, o, lse};
     acp_run_scan<false>(scan, BH, stream);

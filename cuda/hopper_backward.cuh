@@ -3,25 +3,50 @@
  * Two kernels, so that no sum depends on the order of thread blocks and nothing is added up in memory:
  *
  *     dQ        a tile of queries stays, key blocks stream by:    S = Q K^T,   dP = dO V^T,   dQ += dS K
- *     dK, dV    a block of keys stays, queries stream by:         S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q
+ *     dK, dV    a block of keys stays, queries stream by:         S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T
+ * Q
  *
- * One kernel for all would need five products for seven here, but dS would go through shared memory and dQ through atomic sums in
- * memory. As it is, P and dS never leave the registers: they are made there as the left operands of what follows. The first kernel
- * also finds the row sums of dS, which correct delta for the second (see acp_attention.cuh). */
+ * One kernel for all would need five products for seven here, but dS would go through shared memory and dQ through
+ * atomic sums in memory. As it is, P and dS never leave the registers: they are made there as the left operands of what
+ * follows. The first kernel also finds the row sums of dS, which correct delta for the second (see acp_attention.cuh).
+ */
 #ifndef FOX_HOPPER_BACKWARD_CUH
 #define FOX_HOPPER_BACKWARD_CUH
 
 #include "hopper.cuh"
 
+/* Starts acc = A B^T as a batch, with A in shared memory or, KEEP, in registers (`rows`). */
+template <int D, int A_ROWS, int B_ROWS, bool KEEP, int ACC>
+static __device__ __forceinline__ void hopper_start_abt(float (&acc)[ACC], uint32_t a, const uint32_t (&rows)[16],
+                                                        uint32_t b) {
+    hopper_products_begin();
+    if (KEEP) {
+        hopper_product_abt<D, B_ROWS>(acc, rows, b);
+    } else {
+        hopper_product_abt<D, A_ROWS, B_ROWS>(acc, a, b);
+    }
+    hopper_products_commit();
+}
+
+/* What belongs to this thread's columns, read before the product that it will meet has ended: from x, 8 floats apart.
+ */
+template <int N>
+static __device__ __forceinline__ void hopper_columns(float2 (&columns)[N], const float *x) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        columns[i] = *reinterpret_cast<const float2 *>(x + i * 8);
+    }
+}
+
 struct HopperBackwardArgs {
-    CUtensorMap q, k, v, dout, dq, dk, dv;
+    CUtensorMap q, k, v, dout, dq, dk, dv, lift, offset, delta;
     AcpBackward p;
 };
 
 template <int D>
 static inline HopperBackwardArgs hopper_backward_args(const AcpShape *shape, const AcpBackward &p) {
     int B = shape->B, T = shape->T, H = shape->H;
-    int64_t d = (int64_t)H * D;
+    int64_t d = (int64_t)H * D, rows = (int64_t)B * H * p.in.blocks * ACP_BLOCK;
     return {hopper_tensor_map(p.in.q, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.in.k, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.in.v, B, T, H, D, p.in.stride),
@@ -29,23 +54,30 @@ static inline HopperBackwardArgs hopper_backward_args(const AcpShape *shape, con
             hopper_tensor_map(p.dq, B, T, H, D, d),
             hopper_tensor_map(p.dk, B, T, H, D, d),
             hopper_tensor_map(p.dv, B, T, H, D, d),
+            hopper_vector_map(p.saved.lift, rows),
+            hopper_vector_map(p.work.offset, rows),
+            hopper_vector_map(p.work.delta, rows),
             p};
 }
 
 template <int D>
 struct HopperDq {
-    static constexpr int WARPGROUPS = 2, THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP, STAGES = D == 64 ? 4 : 2;
-    static constexpr int PANEL = ACP_BLOCK * 128, TILE = ACP_BLOCK * D * 2;
-    static constexpr bool OVERLAP = D == 64; /* dQ of one block under the weights of the next, where registers allow it */
+    static constexpr int WARPGROUPS = 2, THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP, REGISTERS = 240,
+                         COPY_REGISTERS = 24;
+    static constexpr int QUERIES = 64 * WARPGROUPS, KEYS = 128, STAGES = D == 64 ? 4 : 2; /* keys per step */
+    static constexpr int TILE = QUERIES * D * 2, K_TILE = KEYS * D * 2;
+    static constexpr bool OVERLAP =
+        D == 64; /* dQ of one step under the weights of the next, where registers allow it */
 };
 
 template <int D>
 struct alignas(1024) HopperDqShared {
     using Traits = HopperDq<D>;
     unsigned char q[Traits::TILE], dout[Traits::TILE]; /* q: then dQ */
-    unsigned char k[Traits::STAGES][Traits::TILE], v[Traits::STAGES][Traits::TILE];
-    float lift[Traits::STAGES][ACP_BLOCK];
-    uint64_t q_full, k_full[Traits::STAGES], k_empty[Traits::STAGES], v_full[Traits::STAGES], v_empty[Traits::STAGES];
+    unsigned char k[Traits::STAGES][Traits::K_TILE], v[Traits::STAGES][Traits::K_TILE];
+    float lift[Traits::STAGES][Traits::KEYS]; /* with K */
+    HopperRing<Traits::STAGES> k_ring, v_ring;
+    uint64_t q_full;
 };
 
 template <int D>
@@ -53,159 +85,175 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     hopper_dq_kernel(const __grid_constant__ HopperBackwardArgs args) {
 #if HOPPER_CODE
     using Traits = HopperDq<D>;
-    constexpr int WARPGROUPS = Traits::WARPGROUPS, STAGES = Traits::STAGES, TILE = Traits::TILE;
+    constexpr int WARPGROUPS = Traits::WARPGROUPS, STAGES = Traits::STAGES, KEYS = Traits::KEYS, N = KEYS / 2;
     extern __shared__ __align__(1024) unsigned char memory[];
     HopperDqShared<D> &shared = *reinterpret_cast<HopperDqShared<D> *>(memory);
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
-    int place = p.saved.order[0][blockIdx.x], end = place % in.blocks, bh = place / in.blocks, b = bh / in.H, h = bh % in.H;
-    int begin = p.saved.first[place], q0 = end * ACP_BLOCK;
+    int place = hopper_uniform(p.saved.order[0][blockIdx.x]), tiles = (in.T + Traits::QUERIES - 1) / Traits::QUERIES;
+    int q0 = place % tiles * Traits::QUERIES, bh = place / tiles, b = bh / in.H, h = bh % in.H;
+    auto first_step = [&](int query) {
+        return hopper_uniform(p.saved.first[(int64_t)bh * in.blocks + query / ACP_BLOCK]) * (ACP_BLOCK / KEYS);
+    };
+    int begin = first_step(q0), end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS;
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.q_full, 1);
-        for (int s = 0; s < STAGES; s++) {
-            hopper_barrier_init(&shared.k_full[s], 1);
-            hopper_barrier_init(&shared.v_full[s], 1);
-            hopper_barrier_init(&shared.k_empty[s], 4 * WARPGROUPS);
-            hopper_barrier_init(&shared.v_empty[s], 4 * WARPGROUPS);
-        }
+        shared.k_ring.init(4 * WARPGROUPS);
+        shared.v_ring.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     __syncthreads();
 
-    int group = threadIdx.x / HOPPER_WARPGROUP;
+    int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
-        hopper_fewer_registers<24>();
+        hopper_fewer_registers<Traits::COPY_REGISTERS>();
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            const float *lift = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
-            hopper_arrive_bytes(&shared.q_full, 2 * TILE);
-            hopper_load_tile<D, ACP_BLOCK>(shared.q, args.q, b, h, q0, &shared.q_full);
-            hopper_load_tile<D, ACP_BLOCK>(shared.dout, args.dout, b, h, q0, &shared.q_full);
-            for (int n = end; n >= begin; n--) {
-                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2 ^ 1;
-                hopper_wait(&shared.k_empty[stage], parity);
-                hopper_arrive_bytes(&shared.k_full[stage], TILE + (int)sizeof shared.lift[0]);
-                hopper_load_tile<D, ACP_BLOCK>(shared.k[stage], args.k, b, h, n * ACP_BLOCK, &shared.k_full[stage]);
-                hopper_load_bytes(shared.lift[stage], lift + n * ACP_BLOCK, sizeof shared.lift[0], &shared.k_full[stage]);
-                hopper_wait(&shared.v_empty[stage], parity);
-                hopper_arrive_bytes(&shared.v_full[stage], TILE);
-                hopper_load_tile<D, ACP_BLOCK>(shared.v[stage], args.v, b, h, n * ACP_BLOCK, &shared.v_full[stage]);
+            int row = bh * in.blocks * ACP_BLOCK;
+            hopper_arrive_bytes(&shared.q_full, 2 * Traits::TILE);
+            hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
+            hopper_load_tile<D, Traits::QUERIES>(shared.dout, args.dout, b, h, q0, &shared.q_full);
+            for (int i = 0; i <= end - begin; i++) {
+                int stage = i % STAGES, key = (end - i) * KEYS;
+                uint64_t *full = shared.k_ring.refill(i, Traits::K_TILE + (int)sizeof shared.lift[0]);
+                hopper_load_tile<D, KEYS>(shared.k[stage], args.k, b, h, key, full);
+                hopper_load_floats<KEYS>(shared.lift[stage], args.lift, row + key, full);
+                full = shared.v_ring.refill(i, Traits::K_TILE);
+                hopper_load_tile<D, KEYS>(shared.v[stage], args.v, b, h, key, full);
             }
         }
     } else {
-        hopper_more_registers<240>();
+        hopper_more_registers<Traits::REGISTERS>();
         const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
-        const double *base = p.saved.base + (int64_t)bh * in.blocks;
-        const double own_base = base[end];
+        const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32;
-        int row = group * 64 + thread / 32 * 16 + lane / 4; /* this thread's rows of the tile: this and this + 8 */
-        uint32_t q = hopper_shared(shared.q) + group * 64 * 128, dout = hopper_shared(shared.dout) + group * 64 * 128;
-        uint32_t k = hopper_shared(shared.k), v = hopper_shared(shared.v);
-        float2 *stats = p.work.stats + (int64_t)place * ACP_BLOCK + row;
-        float s[64], dp[64], dq[D / 2], sum[2] = {0, 0};
-        float2 of_row[2] = {stats[0], stats[8]};
-        uint32_t ds[32];
+        int row0 = q0 + group * 64,
+            row = thread / 32 * 16 + lane / 4; /* this thread's queries: row0 + row, and 8 further */
+        bool inside = row0 < in.T;
+        int top = inside ? row0 / KEYS : begin - 1, bottom = inside ? first_step(row0) : begin;
+        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
+        int64_t at = (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
+        const float own[2] = {p.work.offset[at], p.work.offset[at + 8]},
+                    delta[2] = {p.work.delta[at], p.work.delta[at + 8]};
+        uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::QUERIES * 128);
+        uint32_t dout = hopper_operand(hopper_shared(shared.dout) + group * 64 * 128, Traits::QUERIES * 128);
+        uint32_t k = hopper_operand(hopper_shared(shared.k), KEYS * 128),
+                 v = hopper_operand(hopper_shared(shared.v), KEYS * 128);
+        float s[N], dp[N], dq[D / 2], sum[2] = {0, 0};
+        uint32_t ds[N / 2];
 #pragma unroll
         for (int i = 0; i < D / 2; i++) {
             dq[i] = 0;
         }
-        auto release = [&](uint64_t *empty) {
-            __syncwarp();
-            if (lane == 0) {
-                hopper_arrive(empty);
-            }
+        HopperTurns<WARPGROUPS> turns(group);
+        auto skip = [&](int n) {
+            turns.take();
+            turns.pass();
+            shared.k_ring.skip(end - n);
+            shared.v_ring.skip(end - n);
         };
         auto add_dq = [&](int n) {
-            hopper_product_ab<ACP_BLOCK>(dq, ds, k + (end - n) % STAGES * TILE, Traits::PANEL, true);
+            hopper_products_begin();
+            hopper_product_ab<KEYS>(dq, ds, k + (end - n) % STAGES * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
         };
-        /* One key block: dS, with the product dQ of the block before it under way (`behind`). */
+        auto finish_dq = [&](int n) {
+            hopper_hold(dq);
+            hopper_hold(ds);
+            add_dq(n);
+            hopper_products_wait<0>();
+            hopper_hold(dq);
+            hopper_hold(ds);
+            shared.k_ring.release(end - n);
+        };
+        /* Some keys: dS, with the product dQ of the step before under way (`behind`). */
         auto step = [&](int n, auto diagonal, auto behind) {
-            int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
-            float shift = (float)(own_base - base[n]);
+            int stage = (end - n) % STAGES, column = n * KEYS - row0 + lane % 4 * 2;
+            float shift = acp_shift(own_base, base[n * KEYS / ACP_BLOCK]);
             const float *lift = shared.lift[stage] + lane % 4 * 2;
-            hopper_wait(&shared.k_full[stage], parity);
+            shared.k_ring.await(end - n);
+            turns.take();
             hopper_products_begin();
-            hopper_product_abt<D>(s, q, Traits::PANEL, k + stage * TILE, Traits::PANEL);
+            hopper_product_abt<D, Traits::QUERIES, KEYS>(s, q, k + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
-            hopper_wait(&shared.v_full[stage], parity);
+            shared.v_ring.await(end - n);
             hopper_products_begin();
-            hopper_product_abt<D>(dp, dout, Traits::PANEL, v + stage * TILE, Traits::PANEL);
+            hopper_product_abt<D, Traits::QUERIES, KEYS>(dp, dout, v + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
             if (behind) {
                 add_dq(n + 1);
             }
+            turns.pass();
             hopper_products_wait<behind ? 2 : 1>();
             hopper_hold(s);
-            float offset[2] = {of_row[0].x + shift, of_row[1].x + shift};
+            float offset[2] = {own[0] + shift, own[1] + shift};
 #pragma unroll
-            for (int i = 0; i < 64; i += 4) {
+            for (int i = 0; i < N; i += 4) {
                 float2 key = *reinterpret_cast<const float2 *>(lift + i * 2);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     s[i + e] = acp_weight(s[i + e], scale, offset[e / 2], e % 2 ? key.y : key.x);
-                    if (diagonal && lane % 4 * 2 + i * 2 + e % 2 > row + e / 2 * 8) {
+                    if (diagonal && column + i * 2 + e % 2 > row + e / 2 * 8) {
                         s[i + e] = 0;
                     }
                 }
             }
             hopper_products_wait<behind ? 1 : 0>();
             hopper_hold(dp);
-            release(&shared.v_empty[stage]);
+            shared.v_ring.release(end - n);
 #pragma unroll
-            for (int i = 0; i < 64; i++) {
-                s[i] *= dp[i] - of_row[i / 2 % 2].y;
+            for (int i = 0; i < N; i++) {
+                s[i] *= dp[i] - delta[i / 2 % 2];
                 sum[i / 2 % 2] += s[i];
             }
             if (behind) {
                 hopper_products_wait<0>();
                 hopper_hold(dq);
                 hopper_hold(ds);
-                release(&shared.k_empty[(end - n - 1) % STAGES]);
+                shared.k_ring.release(end - n - 1);
             }
             hopper_pack(ds, s);
         };
-        auto finish_dq = [&](int n) {
-            hopper_hold(dq);
-            hopper_hold(ds);
-            hopper_products_begin();
-            add_dq(n);
-            hopper_products_wait<0>();
-            hopper_hold(dq);
-            hopper_hold(ds);
-            release(&shared.k_empty[(end - n) % STAGES]);
-        };
-        using Yes = HopperFlag<true>;
-        using No = HopperFlag<false>;
         hopper_wait(&shared.q_full, 0);
-        step(end, Yes(), No());
-        for (int n = end - 1; n >= begin; n--) {
-            if (!Traits::OVERLAP) {
-                finish_dq(n + 1);
-            }
-            step(n, No(), HopperFlag<Traits::OVERLAP>());
+        int n = end;
+        for (; n > top; n--) {
+            skip(n);
         }
-        finish_dq(begin);
+        if (inside) {
+            step(n, HopperFlag<true>(), HopperFlag<false>());
+            for (n--; n >= bottom; n--) {
+                if (!Traits::OVERLAP) {
+                    finish_dq(n + 1);
+                }
+                step(n, HopperFlag<false>(), HopperFlag<Traits::OVERLAP>());
+            }
+            finish_dq(bottom);
 
-        float roots[2] = {root, root};
+            float roots[2] = {root, root};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float error = acp_quad_sum(sum[i]);
-            if (lane % 4 == 0) {
-                stats[i * 8].y = of_row[i].y + error;
+            for (int i = 0; i < 2; i++) {
+                float error = acp_quad_sum(sum[i]);
+                if (lane % 4 == 0) {
+                    p.work.delta[at + i * 8] = delta[i] + error;
+                }
             }
+            hopper_store_rows<D>(dq, roots, shared.q + group * 64 * 128, Traits::QUERIES * 128, args.dq, b, h, row0,
+                                 HOPPER_OWN + group);
         }
-        hopper_store_rows<D>(dq, roots, shared.q + group * 64 * 128, Traits::PANEL, args.dq, b, h, q0 + group * 64, 1 + group);
+        for (; n >= begin; n--) {
+            skip(n);
+        }
     }
 #endif
 }
 
 template <int D>
 struct HopperDkdv {
-    static constexpr int WARPGROUPS = 2, THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP;
-    static constexpr int QUERIES = 64, STAGES = D == 64 ? 6 : 4; /* per step; steps in flight */
-    static constexpr int PANEL = ACP_BLOCK * 128, TILE = ACP_BLOCK * D * 2;
-    static constexpr int Q_PANEL = QUERIES * 128, Q_TILE = QUERIES * D * 2;
-    static constexpr bool KEEP = D == 64; /* K and V in registers: a product of 64 columns is bound by its reads */
+    static constexpr int WARPGROUPS = 2, THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP, REGISTERS = 240,
+                         COPY_REGISTERS = 24;
+    static constexpr int KEYS = 64 * WARPGROUPS, QUERIES = 64,
+                         STAGES = D == 64 ? 6 : 4; /* queries per step; steps in flight */
+    static constexpr int TILE = KEYS * D * 2, PANEL = KEYS * 128, Q_PANEL = QUERIES * 128, Q_TILE = QUERIES * D * 2;
+    static constexpr bool KEEP = D == 64; /* K and V stay in registers, as Q and dO above */
 };
 
 template <int D>
@@ -213,8 +261,9 @@ struct alignas(1024) HopperDkdvShared {
     using Traits = HopperDkdv<D>;
     unsigned char k[Traits::TILE], v[Traits::TILE]; /* then dK, dV */
     unsigned char q[Traits::STAGES][Traits::Q_TILE], dout[Traits::STAGES][Traits::Q_TILE];
-    float2 stats[Traits::STAGES][Traits::QUERIES];
-    uint64_t k_full, q_full[Traits::STAGES], q_empty[Traits::STAGES], dout_full[Traits::STAGES], dout_empty[Traits::STAGES];
+    float offset[Traits::STAGES][Traits::QUERIES], delta[Traits::STAGES][Traits::QUERIES]; /* with Q, with dO */
+    HopperRing<Traits::STAGES> q_ring, dout_ring;
+    uint64_t k_full;
 };
 
 template <int D>
@@ -223,55 +272,60 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
 #if HOPPER_CODE
     using Traits = HopperDkdv<D>;
     constexpr int WARPGROUPS = Traits::WARPGROUPS, STAGES = Traits::STAGES, QUERIES = Traits::QUERIES, N = QUERIES / 2;
-    static_assert(QUERIES == 64, "a warpgroup's keys meet their own queries in one step");
     extern __shared__ __align__(1024) unsigned char memory[];
     HopperDkdvShared<D> &shared = *reinterpret_cast<HopperDkdvShared<D> *>(memory);
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
-    int place = p.saved.order[1][blockIdx.x], n = place % in.blocks, bh = place / in.blocks, b = bh / in.H, h = bh % in.H;
-    int k0 = n * ACP_BLOCK, begin = k0 / QUERIES, end = (min(in.T, (p.saved.last[place] + 1) * ACP_BLOCK) - 1) / QUERIES;
+    int place = hopper_uniform(p.saved.order[1][blockIdx.x]), tiles = (in.T + Traits::KEYS - 1) / Traits::KEYS;
+    int k0 = place % tiles * Traits::KEYS, bh = place / tiles, b = bh / in.H, h = bh % in.H;
+    /* steps: from the first key's own query to the last query that sees the last key */
+    auto last_step = [&](int key) {
+        int last = hopper_uniform(p.saved.last[(int64_t)bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK]);
+        return (min(in.T, (last + 1) * ACP_BLOCK) - 1) / QUERIES;
+    };
+    int begin = k0 / QUERIES, end = last_step(k0 + Traits::KEYS - 1);
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.k_full, 1);
-        for (int s = 0; s < STAGES; s++) {
-            hopper_barrier_init(&shared.q_full[s], 1);
-            hopper_barrier_init(&shared.dout_full[s], 1);
-            hopper_barrier_init(&shared.q_empty[s], 4 * WARPGROUPS);
-            hopper_barrier_init(&shared.dout_empty[s], 4 * WARPGROUPS);
-        }
+        shared.q_ring.init(4 * WARPGROUPS);
+        shared.dout_ring.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     __syncthreads();
 
-    int group = threadIdx.x / HOPPER_WARPGROUP;
+    int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
-        hopper_fewer_registers<24>();
+        hopper_fewer_registers<Traits::COPY_REGISTERS>();
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            const float2 *stats = p.work.stats + (int64_t)bh * in.blocks * ACP_BLOCK;
+            int row = bh * in.blocks * ACP_BLOCK;
             hopper_arrive_bytes(&shared.k_full, 2 * Traits::TILE);
-            hopper_load_tile<D, ACP_BLOCK>(shared.k, args.k, b, h, k0, &shared.k_full);
-            hopper_load_tile<D, ACP_BLOCK>(shared.v, args.v, b, h, k0, &shared.k_full);
-            for (int m = begin; m <= end; m++) {
-                int stage = (m - begin) % STAGES, parity = (m - begin) / STAGES % 2 ^ 1;
-                hopper_wait(&shared.q_empty[stage], parity);
-                hopper_arrive_bytes(&shared.q_full[stage], Traits::Q_TILE + (int)sizeof shared.stats[0]);
-                hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, b, h, m * QUERIES, &shared.q_full[stage]);
-                hopper_load_bytes(shared.stats[stage], stats + m * QUERIES, sizeof shared.stats[0], &shared.q_full[stage]);
-                hopper_wait(&shared.dout_empty[stage], parity);
-                hopper_arrive_bytes(&shared.dout_full[stage], Traits::Q_TILE);
-                hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, b, h, m * QUERIES, &shared.dout_full[stage]);
+            hopper_load_tile<D, Traits::KEYS>(shared.k, args.k, b, h, k0, &shared.k_full);
+            hopper_load_tile<D, Traits::KEYS>(shared.v, args.v, b, h, k0, &shared.k_full);
+            for (int i = 0; i <= end - begin; i++) {
+                int stage = i % STAGES, query = (begin + i) * QUERIES;
+                uint64_t *full = shared.q_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.offset[0]);
+                hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, b, h, query, full);
+                hopper_load_floats<QUERIES>(shared.offset[stage], args.offset, row + query, full);
+                full = shared.dout_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.delta[0]);
+                hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, b, h, query, full);
+                hopper_load_floats<QUERIES>(shared.delta[stage], args.delta, row + query, full);
             }
         }
     } else {
-        hopper_more_registers<240>();
+        hopper_more_registers<Traits::REGISTERS>();
         const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
-        const double *base = p.saved.base + (int64_t)bh * in.blocks;
-        const double own_base = base[n];
+        const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32;
-        int row = group * 64 + thread / 32 * 16 + lane / 4; /* this thread's keys of the block: this and this + 8 */
-        uint32_t k = hopper_shared(shared.k) + group * 64 * 128, v = hopper_shared(shared.v) + group * 64 * 128;
-        uint32_t q = hopper_shared(shared.q), dout = hopper_shared(shared.dout);
-        const float *lifts = p.saved.lift + (int64_t)place * ACP_BLOCK + row;
+        int row0 = k0 + group * 64,
+            row = thread / 32 * 16 + lane / 4; /* this thread's keys: row0 + row, and 8 further */
+        bool inside = row0 < in.T;
+        int own_end = inside ? last_step(row0) : begin - 1;
+        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
+        const float *lifts = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         const float lift[2] = {lifts[0], lifts[8]};
+        uint32_t k = hopper_operand(hopper_shared(shared.k) + group * 64 * 128, Traits::PANEL);
+        uint32_t v = hopper_operand(hopper_shared(shared.v) + group * 64 * 128, Traits::PANEL);
+        uint32_t q = hopper_operand(hopper_shared(shared.q), Traits::Q_PANEL);
+        uint32_t dout = hopper_operand(hopper_shared(shared.dout), Traits::Q_PANEL);
         float s[N], dp[N], dk[D / 2], dv[D / 2], sum[2] = {0, 0};
         uint32_t weights[N / 2], ds[N / 2], k_rows[16], v_rows[16];
 #pragma unroll
@@ -279,49 +333,49 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             dk[i] = 0;
             dv[i] = 0;
         }
-        auto release = [&](uint64_t *empty) {
-            __syncwarp();
-            if (lane == 0) {
-                hopper_arrive(empty);
-            }
-        };
-        auto stage_of = [&](int m) { return (m - begin) % STAGES; };
-        auto parity_of = [&](int m) { return (m - begin) / STAGES % 2; };
-        auto start = [&](float(&acc)[N], uint32_t rows, const uint32_t(&kept)[16], uint32_t tiles, uint64_t *full, int m) {
-            hopper_wait(&full[stage_of(m)], parity_of(m));
-            hopper_products_begin();
-            if (Traits::KEEP) {
-                hopper_product_abt<D>(acc, kept, tiles + stage_of(m) * Traits::Q_TILE, Traits::Q_PANEL);
-            } else {
-                hopper_product_abt<D>(acc, rows, Traits::PANEL, tiles + stage_of(m) * Traits::Q_TILE, Traits::Q_PANEL);
-            }
-            hopper_products_commit();
+        auto skip = [&](int m) {
+            shared.q_ring.skip(m - begin);
+            shared.dout_ring.skip(m - begin);
         };
         auto add_dk = [&](int m) {
             hopper_products_begin();
-            hopper_product_ab<QUERIES>(dk, ds, q + stage_of(m) * Traits::Q_TILE, Traits::Q_PANEL, true);
+            hopper_product_ab<QUERIES>(dk, ds, q + (m - begin) % STAGES * hopper_apart(Traits::Q_TILE));
             hopper_products_commit();
+        };
+        auto finish_dk = [&](int m) {
+            hopper_hold(dk);
+            hopper_hold(ds);
+            add_dk(m);
+            hopper_products_wait<0>();
+            hopper_hold(dk);
+            hopper_hold(ds);
+            shared.q_ring.release(m - begin);
         };
         /* Some queries: P and dV, dS; with the product dK of the step before under way (`behind`). */
         auto step = [&](int m, auto diagonal, auto behind) {
-            int stage = stage_of(m);
-            float shift = (float)(base[m * QUERIES / ACP_BLOCK] - own_base), key[2] = {lift[0] + shift, lift[1] + shift};
-            const float2 *stats = shared.stats[stage] + lane % 4 * 2;
-            int column = m * QUERIES - k0 + lane % 4 * 2;
-            start(s, k, k_rows, q, shared.q_full, m);
+            int stage = (m - begin) % STAGES;
+            float shift = acp_shift(base[m * QUERIES / ACP_BLOCK], own_base),
+                  key[2] = {lift[0] + shift, lift[1] + shift};
+            const float *offsets = shared.offset[stage] + lane % 4 * 2, *deltas = shared.delta[stage] + lane % 4 * 2;
+            shared.q_ring.await(m - begin);
+            hopper_start_abt<D, Traits::KEYS, QUERIES, Traits::KEEP>(s, k, k_rows,
+                                                                     q + stage * hopper_apart(Traits::Q_TILE));
             if (behind) {
                 add_dk(m - 1);
             }
-            start(dp, v, v_rows, dout, shared.dout_full, m);
+            shared.dout_ring.await(m - begin);
+            hopper_start_abt<D, Traits::KEYS, QUERIES, Traits::KEEP>(dp, v, v_rows,
+                                                                     dout + stage * hopper_apart(Traits::Q_TILE));
+            float2 query[N / 4];
+            hopper_columns(query, offsets);
             hopper_products_wait<behind && Traits::KEEP ? 2 : 1>();
             hopper_hold(s);
 #pragma unroll
             for (int i = 0; i < N; i += 4) {
-                float4 pair = *reinterpret_cast<const float4 *>(stats + i * 2);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[i + e] = acp_weight(s[i + e], scale, e % 2 ? pair.z : pair.x, key[e / 2]);
-                    if (diagonal && row + e / 2 * 8 > column + i * 2 + e % 2) {
+                    s[i + e] = acp_weight(s[i + e], scale, e % 2 ? query[i / 4].y : query[i / 4].x, key[e / 2]);
+                    if (diagonal && row + e / 2 * 8 > lane % 4 * 2 + i * 2 + e % 2) {
                         s[i + e] = 0;
                     }
                 }
@@ -329,67 +383,62 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_pack(weights, s);
             hopper_hold(weights);
             hopper_products_begin();
-            hopper_product_ab<QUERIES>(dv, weights, dout + stage * Traits::Q_TILE, Traits::Q_PANEL, true);
+            hopper_product_ab<QUERIES>(dv, weights, dout + stage * hopper_apart(Traits::Q_TILE));
             hopper_products_commit();
+            hopper_columns(query, deltas);
             hopper_products_wait<1>();
             hopper_hold(dp);
             hopper_hold(ds);
             if (behind) {
-                release(&shared.q_empty[stage_of(m - 1)]);
+                shared.q_ring.release(m - 1 - begin);
             }
 #pragma unroll
             for (int i = 0; i < N; i += 4) {
-                float4 pair = *reinterpret_cast<const float4 *>(stats + i * 2);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    s[i + e] *= dp[i + e] - (e % 2 ? pair.w : pair.y);
+                    s[i + e] *= dp[i + e] - (e % 2 ? query[i / 4].y : query[i / 4].x);
                     sum[e / 2] += s[i + e];
                 }
             }
             hopper_pack(ds, s);
+            hopper_hold(ds);
             hopper_products_wait<0>();
             hopper_hold(dv);
             hopper_hold(weights);
-            release(&shared.dout_empty[stage]);
+            shared.dout_ring.release(m - begin);
         };
-        using Yes = HopperFlag<true>;
-        using No = HopperFlag<false>;
         hopper_wait(&shared.k_full, 0);
         if (Traits::KEEP) {
-            hopper_take_rows(k_rows, k);
-            hopper_take_rows(v_rows, v);
+            hopper_take_rows(k_rows, hopper_shared(shared.k) + group * 64 * 128);
+            hopper_take_rows(v_rows, hopper_shared(shared.v) + group * 64 * 128);
         }
         int m = begin;
-        if (group == 1) { /* the first queries come before this warpgroup's keys */
-            hopper_wait(&shared.q_full[0], 0);
-            release(&shared.q_empty[0]);
-            hopper_wait(&shared.dout_full[0], 0);
-            release(&shared.dout_empty[0]);
-            m++;
+        for (; m < row0 / QUERIES && m <= end; m++) {
+            skip(m);
         }
-        if (m <= end) {
-            step(m, Yes(), No());
-            for (m++; m <= end; m++) {
-                step(m, No(), Yes());
+        if (inside) {
+            step(m, HopperFlag<true>(), HopperFlag<false>());
+            for (m++; m <= own_end; m++) {
+                step(m, HopperFlag<false>(), HopperFlag<true>());
             }
-            hopper_hold(dk);
-            hopper_hold(ds);
-            add_dk(end);
-            hopper_products_wait<0>();
-            hopper_hold(dk);
-            hopper_hold(ds);
-        }
+            finish_dk(own_end);
 
-        float roots[2] = {root, root}, ones[2] = {1, 1};
+            float roots[2] = {root, root}, ones[2] = {1, 1};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float total = acp_quad_sum(sum[i]);
-            if (lane % 4 == 0) {
-                p.work.dc[(int64_t)place * ACP_BLOCK + row + i * 8] = -total;
+            for (int i = 0; i < 2; i++) {
+                float total = acp_quad_sum(sum[i]);
+                if (lane % 4 == 0) {
+                    p.work.dc[(int64_t)bh * in.blocks * ACP_BLOCK + row0 + row + i * 8] = -total;
+                }
             }
+            hopper_store_rows<D>(dk, roots, shared.k + group * 64 * 128, Traits::PANEL, args.dk, b, h, row0,
+                                 HOPPER_OWN + group);
+            hopper_store_rows<D>(dv, ones, shared.v + group * 64 * 128, Traits::PANEL, args.dv, b, h, row0,
+                                 HOPPER_OWN + group);
         }
-        hopper_store_rows<D>(dk, roots, shared.k + group * 64 * 128, Traits::PANEL, args.dk, b, h, k0 + group * 64, 1 + group);
-        hopper_store_rows<D>(dv, ones, shared.v + group * 64 * 128, Traits::PANEL, args.dv, b, h, k0 + group * 64, 1 + group);
+        for (; m <= end; m++) {
+            skip(m);
+        }
     }
 #endif
 }

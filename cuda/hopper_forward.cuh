@@ -5,9 +5,10 @@
  *     producer     Q;  then, from the diagonal leftwards to the pruned edge, K (with its lift) and V of each key block
  *     warpgroups   S = Q K^T of block n;  O += P V of block n + 1, while P of block n is made;  ...  O / sum, lse
  *
- * Products of block n are issued before the exponentials that they do not need (of n, for block n + 1's P), and the warpgroups
- * issue in turn, so that one's exponentials run under another's products. Every warpgroup has the range of its own block of
- * queries: tiles need not be aligned to the blocks of pruning, and exactly the pairs of the ranges are computed. */
+ * Products of block n are issued before the exponentials that they do not need (of n, for block n + 1's P), and the
+ * warpgroups issue in turn, so that one's exponentials run under another's products. Every warpgroup has the range of
+ * its own block of queries: tiles need not be aligned to the blocks of pruning, and exactly the pairs of the ranges are
+ * computed. */
 #ifndef FOX_HOPPER_FORWARD_CUH
 #define FOX_HOPPER_FORWARD_CUH
 
@@ -28,12 +29,13 @@ struct alignas(1024) HopperForwardShared {
     using Traits = HopperForward<D>;
     unsigned char q[Traits::QUERIES * D * 2]; /* then O */
     unsigned char k[Traits::STAGES][ACP_BLOCK * D * 2], v[Traits::STAGES][ACP_BLOCK * D * 2];
-    float lift[Traits::STAGES][ACP_BLOCK];
-    uint64_t q_full, k_full[Traits::STAGES], k_empty[Traits::STAGES], v_full[Traits::STAGES], v_empty[Traits::STAGES];
+    float lift[Traits::STAGES][ACP_BLOCK]; /* with K */
+    HopperRing<Traits::STAGES> k_ring, v_ring;
+    uint64_t q_full;
 };
 
 struct HopperForwardArgs {
-    CUtensorMap q, k, v, o;
+    CUtensorMap q, k, v, o, lift;
     AcpForward p;
     int tiles; /* of one row */
 };
@@ -45,12 +47,10 @@ static inline HopperForwardArgs hopper_forward_args(const AcpShape *shape, const
             hopper_tensor_map(p.in.k, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.in.v, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.o, B, T, H, D, (int64_t)H * D),
+            hopper_vector_map(p.saved.lift, (int64_t)B * H * p.in.blocks * ACP_BLOCK),
             p,
             (T + HopperForward<D>::QUERIES - 1) / HopperForward<D>::QUERIES};
 }
-
-/* Barrier ids: one for the turn of each warpgroup, one for its own threads. */
-enum { HOPPER_TURN = 1, HOPPER_OWN = 4 };
 
 /* P = exp2(t + offset), in place; adds to the row sums. */
 template <int N>
@@ -74,10 +74,11 @@ static __device__ __forceinline__ void hopper_pack(uint32_t (&p)[N / 2], const f
     }
 }
 
-/* Logits become t = s scale + lift_j, in units of log 2; masked where the key is after the query; high: of both rows, over the
- * lanes that share them. */
+/* Logits become t = s scale + lift_j, in units of log 2; masked where the key is after the query; high: of both rows,
+ * over the lanes that share them. */
 template <bool MASKED, int N>
-static __device__ __forceinline__ void hopper_decay(float (&s)[N], const float *lift, float scale, int row, int column, float high[2]) {
+static __device__ __forceinline__ void hopper_decay(float (&s)[N], const float *lift, float scale, int row, int column,
+                                                    float high[2]) {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
         float2 key = *reinterpret_cast<const float2 *>(lift + i * 2);
@@ -104,71 +105,55 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     HopperForwardShared<D> &shared = *reinterpret_cast<HopperForwardShared<D> *>(memory);
     const AcpInputs &in = args.p.in;
     const AcpSaved &saved = args.p.saved;
-    int place = saved.order[0][blockIdx.x], q0 = place % args.tiles * Traits::QUERIES, bh = place / args.tiles;
+    int place = hopper_uniform(saved.order[0][blockIdx.x]), q0 = place % args.tiles * Traits::QUERIES,
+        bh = place / args.tiles;
     int b = bh / in.H, h = bh % in.H;
     const int *first = saved.first + (int64_t)bh * in.blocks;
-    int begin = first[q0 / ACP_BLOCK], end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK;
+    int begin = hopper_uniform(first[q0 / ACP_BLOCK]), end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK;
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.q_full, 1);
-        for (int s = 0; s < STAGES; s++) {
-            hopper_barrier_init(&shared.k_full[s], 1);
-            hopper_barrier_init(&shared.v_full[s], 1);
-            hopper_barrier_init(&shared.k_empty[s], 4 * WARPGROUPS);
-            hopper_barrier_init(&shared.v_empty[s], 4 * WARPGROUPS);
-        }
+        shared.k_ring.init(4 * WARPGROUPS);
+        shared.v_ring.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     __syncthreads();
 
-    int group = threadIdx.x / HOPPER_WARPGROUP;
+    int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            const float *lift = saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
+            int row = bh * in.blocks * ACP_BLOCK;
             hopper_arrive_bytes(&shared.q_full, sizeof shared.q);
             hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
-            for (int n = end; n >= begin; n--) {
-                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2 ^ 1;
-                hopper_wait(&shared.k_empty[stage], parity);
-                hopper_arrive_bytes(&shared.k_full[stage], TILE + (int)sizeof shared.lift[0]);
-                hopper_load_tile<D, ACP_BLOCK>(shared.k[stage], args.k, b, h, n * ACP_BLOCK, &shared.k_full[stage]);
-                hopper_load_bytes(shared.lift[stage], lift + n * ACP_BLOCK, sizeof shared.lift[0], &shared.k_full[stage]);
-                hopper_wait(&shared.v_empty[stage], parity);
-                hopper_arrive_bytes(&shared.v_full[stage], TILE);
-                hopper_load_tile<D, ACP_BLOCK>(shared.v[stage], args.v, b, h, n * ACP_BLOCK, &shared.v_full[stage]);
+            for (int i = 0; i <= end - begin; i++) {
+                int stage = i % STAGES, key = (end - i) * ACP_BLOCK;
+                uint64_t *full = shared.k_ring.refill(i, TILE + (int)sizeof shared.lift[0]);
+                hopper_load_tile<D, ACP_BLOCK>(shared.k[stage], args.k, b, h, key, full);
+                hopper_load_floats<ACP_BLOCK>(shared.lift[stage], args.lift, row + key, full);
+                full = shared.v_ring.refill(i, TILE);
+                hopper_load_tile<D, ACP_BLOCK>(shared.v[stage], args.v, b, h, key, full);
             }
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
         const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
-        const double *base = saved.base + (int64_t)bh * in.blocks;
+        const float2 *base = saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32, warp = thread / 32;
         int row0 = q0 + group * 64, row = row0 + warp * 16 + lane / 4, block = row0 / ACP_BLOCK;
         /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
         bool inside = row0 < in.T;
-        int top = inside ? block : begin - 1, bottom = inside ? first[block] : begin;
-        const double own_base = inside ? base[block] : 0.0;
-        auto take_turn = [&] { hopper_sync(HOPPER_TURN + group, 2 * HOPPER_WARPGROUP); };
-        auto pass_turn = [&] { hopper_pass(HOPPER_TURN + (group + 1) % WARPGROUPS, 2 * HOPPER_WARPGROUP); };
-        auto release = [&](uint64_t *empty) {
-            __syncwarp();
-            if (lane == 0) {
-                hopper_arrive(empty);
-            }
-        };
+        int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(first[block]) : begin;
+        const float2 own_base = base[inside ? block : 0];
+        HopperTurns<WARPGROUPS> turns(group);
         auto skip = [&](int n) {
-            int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
-            take_turn();
-            pass_turn();
-            hopper_wait(&shared.k_full[stage], parity);
-            release(&shared.k_empty[stage]);
-            hopper_wait(&shared.v_full[stage], parity);
-            release(&shared.v_empty[stage]);
+            turns.take();
+            turns.pass();
+            shared.k_ring.skip(end - n);
+            shared.v_ring.skip(end - n);
         };
-        uint32_t q = hopper_shared(shared.q) + group * 64 * 128, k = hopper_shared(shared.k), v = hopper_shared(shared.v);
-        if (group == WARPGROUPS - 1) {
-            pass_turn(); /* the first turn is the first warpgroup's */
-        }
+        uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::Q_PANEL);
+        uint32_t k = hopper_operand(hopper_shared(shared.k), Traits::K_PANEL),
+                 v = hopper_operand(hopper_shared(shared.v), Traits::K_PANEL);
         hopper_wait(&shared.q_full, 0);
         int n = end;
         for (; n > top; n--) {
@@ -178,17 +163,18 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             float s[64], o[D / 2], high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
             uint32_t p[32];
             { /* the block on the diagonal */
-                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
-                hopper_wait(&shared.k_full[stage], parity);
-                take_turn();
+                int stage = (end - n) % STAGES;
+                shared.k_ring.await(end - n);
+                turns.take();
                 hopper_products_begin();
-                hopper_product_abt<D>(s, q, Traits::Q_PANEL, k + stage * TILE, Traits::K_PANEL);
+                hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(s, q, k + stage * hopper_apart(TILE));
                 hopper_products_commit();
-                pass_turn();
+                turns.pass();
                 hopper_products_wait<0>();
                 hopper_hold(s);
-                hopper_decay<true>(s, shared.lift[stage] + lane % 4 * 2, scale, row, n * ACP_BLOCK + lane % 4 * 2, high);
-                release(&shared.k_empty[stage]);
+                hopper_decay<true>(s, shared.lift[stage] + lane % 4 * 2, scale, row, n * ACP_BLOCK + lane % 4 * 2,
+                                   high);
+                shared.k_ring.release(end - n);
                 float offset[2] = {-high[0], -high[1]};
                 hopper_weights(s, offset, sum);
                 hopper_pack(p, s);
@@ -198,26 +184,25 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 o[i] = 0;
             }
             for (n--; n >= bottom; n--) {
-                int stage = (end - n) % STAGES, parity = (end - n) / STAGES % 2;
-                int v_stage = (end - n - 1) % STAGES, v_parity = (end - n - 1) / STAGES % 2;
-                float shift = (float)(own_base - base[n]);
-                hopper_wait(&shared.k_full[stage], parity);
-                take_turn();
+                int stage = (end - n) % STAGES, behind = (end - n - 1) % STAGES;
+                float shift = acp_shift(own_base, base[n]);
+                shared.k_ring.await(end - n);
+                turns.take();
                 hopper_hold(o);
                 hopper_hold(p);
                 hopper_products_begin();
-                hopper_product_abt<D>(s, q, Traits::Q_PANEL, k + stage * TILE, Traits::K_PANEL);
+                hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(s, q, k + stage * hopper_apart(TILE));
                 hopper_products_commit();
-                hopper_wait(&shared.v_full[v_stage], v_parity);
+                shared.v_ring.await(end - n - 1);
                 hopper_products_begin();
-                hopper_product_ab<ACP_BLOCK>(o, p, v + v_stage * TILE, Traits::K_PANEL, true);
+                hopper_product_ab<ACP_BLOCK>(o, p, v + behind * hopper_apart(TILE));
                 hopper_products_commit();
-                pass_turn();
+                turns.pass();
                 hopper_products_wait<1>();
                 hopper_hold(s);
                 float reach[2] = {-INFINITY, -INFINITY};
                 hopper_decay<false>(s, shared.lift[stage] + lane % 4 * 2, scale, 0, 0, reach);
-                release(&shared.k_empty[stage]);
+                shared.k_ring.release(end - n);
                 float offset[2], fade[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -228,26 +213,26 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                     sum[i] *= fade[i];
                 }
                 hopper_weights(s, offset, sum);
+                hopper_hold(s);
                 hopper_products_wait<0>();
                 hopper_hold(o);
                 hopper_hold(p);
-                release(&shared.v_empty[v_stage]);
+                shared.v_ring.release(end - n - 1);
 #pragma unroll
                 for (int i = 0; i < D / 2; i++) {
                     o[i] *= fade[i / 2 % 2];
                 }
                 hopper_pack(p, s);
             }
-            int v_stage = (end - n - 1) % STAGES, v_parity = (end - n - 1) / STAGES % 2;
-            hopper_wait(&shared.v_full[v_stage], v_parity);
+            shared.v_ring.await(end - n - 1);
             hopper_hold(o);
             hopper_hold(p);
             hopper_products_begin();
-            hopper_product_ab<ACP_BLOCK>(o, p, v + v_stage * TILE, Traits::K_PANEL, true);
+            hopper_product_ab<ACP_BLOCK>(o, p, v + (end - n - 1) % STAGES * hopper_apart(TILE));
             hopper_products_commit();
             hopper_products_wait<0>();
             hopper_hold(o);
-            release(&shared.v_empty[v_stage]);
+            shared.v_ring.release(end - n - 1);
 
             const float *lift = saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
 #pragma unroll

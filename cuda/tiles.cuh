@@ -1,5 +1,5 @@
-/* Portable tensor-core pieces of attention (sm_80 and newer): tiles in shared memory, loads, products. Every instruction that
- * C++ has no word for stands here, behind a name.
+/* Portable tensor-core pieces of attention (sm_80 and newer): tiles in shared memory, loads, products. Every
+ * instruction that C++ has no word for stands here, behind a name.
  *
  * A tile is [rows][D] bf16. The 16-byte pieces of a row are stored in the order piece ^ (row % 8), so that the eight
  * rows that one ldmatrix reads lie in different banks. Fragments, with g = lane / 4 and p = lane % 4:

@@ -242,7 +242,8 @@ int main(int argc, char **argv) {
         } else if (strcmp(argv[i], "--gates") == 0 && i + 1 < argc) {
             return bench_gates(argv[i + 1], portable) ? 0 : 1;
         } else if ((only = atoi(argv[i])) <= 0) {
-            fprintf(stderr, "bench_attention: usage: bench_attention [--portable] [--kernels] [CONTEXT] | --gates FILE\n");
+            fprintf(stderr,
+                    "bench_attention: usage: bench_attention [--portable] [--kernels] [CONTEXT] | --gates FILE\n");
             return 1;
         }
     }

@@ -518,12 +518,45 @@ static void test_attention_long(Tests *t) {
     }
 }
 
+/* Where there are kernels for the chip itself: the same as the ones for every chip, far from the diagonal as well. */
+static void test_attention_portable(Tests *t) {
+    int T = t->quick ? 3000 : 16384;
+    for (int i = 0; i < 4; i++) {
+        AttentionCase a = attention_case_of(1, T, 2, i < 2 ? 64 : 128, i % 2 ? ACP_PAPER : ACP_OFF, GATES_WEAK, 14), b;
+        AttentionErrors worst = {0, 0, 0, 0, 0, 0};
+        int64_t N = (int64_t)T * a.shape.H * a.shape.D, rows = (int64_t)T * a.shape.H;
+        char name[200];
+        attention_name(&a, name, sizeof name);
+        attention_fill(&a);
+        b = a;
+        b.shape.portable = true;
+        attention_run(&a);
+        attention_run(&b);
+        attention_error(a.o, b.o, N, 0, &worst.o);
+        attention_error(a.dq, b.dq, N, 0, &worst.dq);
+        attention_error(a.dk, b.dk, N, 0, &worst.dk);
+        attention_error(a.dv, b.dv, N, 0, &worst.dv);
+        attention_error(a.dlog_f, b.dlog_f, rows, 0, &worst.dlog_f);
+        worst.lse = max_error(a.lse, b.lse, rows);
+        printf("%s, against portable: o %.1e, lse %.1e, dq %.1e, dk %.1e, dv %.1e, d log f %.1e\n", name, worst.o, worst.lse,
+               worst.dq, worst.dk, worst.dv, worst.dlog_f);
+        check_error(t, name, worst.o, 3e-3);
+        check_error(t, name, worst.lse, 1e-4);
+        check_error(t, name, fmax(worst.dq, fmax(worst.dk, worst.dv)), 4e-3);
+        check_error(t, name, worst.dlog_f, 2e-3);
+        attention_free_outputs(&a);
+        attention_free_outputs(&b);
+        attention_free_inputs(&a);
+    }
+}
+
 static void test_cuda_attention(Tests *t) {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
         printf("no GPU here: acp_attention.cuh is not tested\n");
         return;
     }
+    test_attention_portable(t);
     test_attention_grid(t);
     test_attention_long(t);
 }
