@@ -3,6 +3,7 @@
 #   make CC=clang     another compiler             make MPI=0        without MPI
 #   make OPENMP=0     one thread                   make SANITIZE=1   ASan + UBSan, everything below build/asan/
 #   make CUDA=0       without the GPU              make ARCHS="90a"  only for these chips
+#   make NCCL=0       without several GPUs
 
 CC       := $(if $(filter default,$(origin CC)),gcc,$(CC))
 SANITIZE ?= 0
@@ -45,7 +46,13 @@ CUBLASLT     := $(firstword $(wildcard $(foreach root,$(CUDA_ROOT) /usr,$(root)/
 USE_CUDA     := $(and $(filter 0,$(SANITIZE)),$(filter-out 0,$(CUDA)),$(NVCC),$(CUBLASLT))
 NVCC_ARCHS   := $(if $(USE_CUDA),$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
 ARCHS        ?= 80 $(if $(filter compute_90,$(NVCC_ARCHS)),90a)
-NCCL         := $(firstword $(wildcard $(foreach root,$(NCCL_HOME) $(CUDA_ROOT) /usr,$(root)/include/nccl.h)))
+# Several GPUs need NCCL's header and library. NCCL_HOME may name its folder (the one with include/ and lib/).
+NCCL         ?= 1
+NCCL_ROOTS   := $(NCCL_HOME) $(CUDA_ROOT) /usr /usr/local
+NCCL_HEADER  := $(firstword $(wildcard $(foreach root,$(NCCL_ROOTS),$(root)/include/nccl.h)))
+NCCL_LIBRARY := $(firstword $(wildcard $(foreach root,$(NCCL_ROOTS),$(foreach dir,lib lib64 lib/x86_64-linux-gnu lib/aarch64-linux-gnu,\
+                  $(root)/$(dir)/libnccl.so $(root)/$(dir)/libnccl.so.2))))
+USE_NCCL     := $(and $(USE_CUDA),$(filter-out 0,$(NCCL)),$(NCCL_HEADER),$(NCCL_LIBRARY))
 
 define FOUND
 compiler  $(CC_VERSION)
@@ -53,7 +60,8 @@ OpenMP    $(if $(OPENMP_FLAGS),yes,$(if $(filter 0,$(OPENMP)),switched off,not f
 MPI       $(if $(MPI_FLAGS),$(MPICC): mpirun starts several ranks,$(if $(filter 0,$(MPI)),switched off,Open MPI not \
 found): one rank)
 CUDA      $(or $(NVCC),nvcc not found)
-NCCL      $(or $(NCCL),nccl.h not found)
+NCCL      $(if $(USE_NCCL),$(NCCL_LIBRARY): several GPUs,$(if $(filter 0,$(NCCL)),switched off,$(if $(and $(NCCL_HEADER),$(NCCL_LIBRARY)),\
+not used without CUDA,nccl.h or libnccl not found)): one GPU)
 building  $(if $(USE_CUDA),the CUDA program for $(foreach a,$(ARCHS),sm_$(a)) (bf16; on the CPU in float32 where there is no \
 GPU),the CPU program (float32))$(if $(and $(NVCC),$(filter 0,$(CUDA))),; CUDA is switched off)$(if \
 $(and $(NVCC),$(if $(CUBLASLT),,x)),; nvcc is not used: cublasLt.h not found)
@@ -80,6 +88,10 @@ endif
 ifneq ($(USE_CUDA),)
   CUDA_FLAGS := -DFOX_CUDA -I$(CUDA_ROOT)/include
   LDLIBS     += -L$(CUDA_ROOT)/lib64 -Wl,-rpath,$(CUDA_ROOT)/lib64 -lcublasLt -lcudart -lstdc++
+  ifneq ($(USE_NCCL),)
+    CUDA_FLAGS += -DFOX_NCCL -I$(dir $(NCCL_HEADER))
+    LDLIBS     += $(NCCL_LIBRARY) -Wl,-rpath,$(dir $(NCCL_LIBRARY))
+  endif
   # Code for each chip, and PTX that newer ones compile for themselves.
   GENCODE    := $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
   NVCC_FLAGS := -std=c++17 -O3 $(GENCODE) -MMD -MP -Xcompiler -Wall,-Wextra $(CUDA_FLAGS)
@@ -157,5 +169,5 @@ help:
 	@echo 'make bench      speed of the CPU program in tokens/s'
 	@echo 'make fuzz       the fuzzers (clang); make fuzz-run FUZZ_SECONDS=60 runs each of them'
 	@echo 'make clean      removes what make and make demo made'
-	@echo 'Settings: CC=clang, CUDA=0, ARCHS="80 90a", MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
+	@echo 'Settings: CC=clang, CUDA=0, ARCHS="80 90a", NCCL=0, MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
 	@echo 'Then: ./make_shards --help, ./train_fox --help'

@@ -123,6 +123,19 @@ static __global__ void to_bf16_kernel(bf16 *out, const float *in, int64_t count)
     }
 }
 
+static __global__ void from_bf16_kernel(float *out, const bf16 *in, int64_t count) {
+    int64_t i = 8 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (i + 8 <= count) {
+        float x[8];
+        load8(x, in + i);
+        store8(out + i, x);
+    } else {
+        for (; i < count; i++) {
+            out[i] = __bfloat162float(in[i]);
+        }
+    }
+}
+
 /* ---- launchers ---- */
 
 int64_t cuda_norm_squares_scratch(void) {
@@ -156,6 +169,11 @@ void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *gra
 
 void cuda_to_bf16(bf16 *out, const float *in, int64_t count, cudaStream_t stream) {
     to_bf16_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
+    CUDA_CHECK_LAUNCH();
+}
+
+void cuda_from_bf16(float *out, const bf16 *in, int64_t count, cudaStream_t stream) {
+    from_bf16_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
     CUDA_CHECK_LAUNCH();
 }
 

@@ -1,4 +1,4 @@
-/* The model on one GPU: the calls of fox_layers.h in the same order, on the kernels of cuda/launchers.h.
+/* The model on a rank's GPU: the calls of fox_layers.h in the same order, on the kernels of cuda/launchers.h.
  *
  * All device memory is one block, laid out once (cuda_layout) and reported by purpose before it is taken. What a layer
  * keeps from forward to backward depends on the recompute level:
@@ -6,6 +6,7 @@
  *     1  not what is cheap to make again: the normed inputs, q k v, the gated output, the SwiGLU output
  *     2  only the residual stream before the layer
  * What is not kept lives in buffers that all layers share and is made again in backward. */
+#include "exchange.h"
 #include "matmul.h"
 
 enum { HEAD_ROWS = 4096 }; /* rows of logits in memory at a time */
@@ -38,15 +39,19 @@ typedef struct CudaBackend {
     cudaStream_t stream;
     cudaEvent_t tokens_sent;
     char device[256];
-    size_t free_bytes;
+    size_t free_bytes, free_at_first; /* when the memory was laid out; before anything was taken */
+    Exchange exchange;                /* with the other ranks */
+    int micro_batches;                /* of this step so far */
     Matmul matmul;
     PackedLayout packed;
     AcpShape attention;
     int padded_vocab;
 
     void *memory;                                     /* everything below, on the device */
-    float *params, *grads, *adam_m, *adam_v;          /* flat, float32 */
-    bf16 *params_bf16;                                /* flat */
+    float *params; /* flat; of a sharded optimizer the front of the flat space, then this rank's share of the rest */
+    float *grads;                                     /* flat */
+    float *adam_m, *adam_v;                           /* this rank's share */
+    bf16 *params_bf16, *grads_bf16;                   /* flat; one bucket or NULL */
     CudaActs *acts;                                   /* [L], on the host; the pointers are the device's */
     CudaScratch scratch;
     float *x_final, *rstd_final;                      /* [N, d], [N] */
@@ -88,12 +93,13 @@ typedef enum Purpose {
     FOR_SHARED,
     FOR_LOGITS,
     FOR_WORKSPACE,
+    FOR_EXCHANGE,
     PURPOSES
 } Purpose;
 
 static const char *const purpose_names[PURPOSES] = {
     "parameters (bf16)",     "master weights",  "gradients",         "Adam moments", "residual stream", "attention activations",
-    "MLP activations", "shared activations and their gradients", "logits",       "workspace",
+    "MLP activations", "shared activations and their gradients", "logits",       "workspace", "exchange with other ranks",
 };
 
 /* The block of memory while it is laid out; base NULL only counts. */
@@ -127,6 +133,18 @@ static PackedLayout packed_layout(const FoxConfig *c) {
     p.columns = at;
     p.row = (at + PADDING - 1) / PADDING * PADDING;
     return p;
+}
+
+/* Buckets of the flat space at its beginning whose float32 parameters every rank keeps whole; the others are sharded. */
+static int front_buckets(const Backend *b) {
+    return exchange_front(&b->owned, backend_sharded(b), b->table.matrices);
+}
+
+/* Floats of this rank's parameters. */
+static int64_t kept_params(const Backend *b) {
+    const Partition *p = &b->owned;
+    int64_t front = partition_start(p, front_buckets(b));
+    return front + partition_share(p) - front / p->ranks;
 }
 
 /* Takes what layer l keeps; with l < 0 the buffers that layers share. `level` is the recompute level at which a buffer
@@ -168,16 +186,20 @@ static Arena cuda_layout(const Backend *b, CudaBackend *s, char *base) {
     a.base = base;
     int64_t N = (int64_t)b->spec.B * b->spec.T, d = c->hidden_size, H = c->num_heads, F = c->intermediate_size;
     int64_t L = c->num_hidden_layers, extra = (s->padded_vocab - c->vocab_size) * d, flat = b->table.total + extra;
+    flat = flat > b->partition.padded ? flat : b->partition.padded;
     int64_t rows = fox_min64(N, HEAD_ROWS);
     CudaScratch *z = &s->scratch;
     CudaActs shared;
     memset(&shared, 0, sizeof shared);
 
     s->params_bf16 = (bf16 *)take(&a, FOR_PARAMETERS, 2 * flat);
-    s->params = (float *)take(&a, FOR_MASTER, 4 * flat);
+    s->params = (float *)take(&a, FOR_MASTER, 4 * kept_params(b));
     s->grads = (float *)take(&a, FOR_GRADIENTS, 4 * flat);
-    s->adam_m = (float *)take(&a, FOR_ADAM, 4 * flat);
-    s->adam_v = (float *)take(&a, FOR_ADAM, 4 * flat);
+    s->adam_m = (float *)take(&a, FOR_ADAM, 4 * partition_share(&b->owned));
+    s->adam_v = (float *)take(&a, FOR_ADAM, 4 * partition_share(&b->owned));
+    if (b->spec.grad_bf16 && s->ranks->size > 1) {
+        s->grads_bf16 = (bf16 *)take(&a, FOR_EXCHANGE, 2 * b->partition.bucket);
+    }
 
     layer_layout(&b->spec, s, &a, &shared, true);
     for (int64_t l = 0; l < L; l++) {
@@ -221,19 +243,31 @@ static Arena cuda_layout(const Backend *b, CudaBackend *s, char *base) {
     return a;
 }
 
+/* What the runtime says is gone since this back end was opened: the table below, NCCL's buffers and the code of the kernels. */
 static int64_t cuda_memory(const Backend *b) {
-    return cuda_layout(b, cuda((Backend *)(uintptr_t)b), (char *)cuda((Backend *)(uintptr_t)b)->memory).used;
+    const CudaBackend *s = (const CudaBackend *)b->self;
+    size_t now = 0, total = 0;
+    CUDA(cudaMemGetInfo(&now, &total));
+    return (int64_t)s->free_at_first - (int64_t)now;
 }
 
 static void cuda_report(const Backend *b, FILE *out) {
     CudaBackend *s = (CudaBackend *)b->self;
     Arena a = cuda_layout(b, s, (char *)s->memory);
+    double nccl = (double)s->free_at_first - (double)s->free_bytes;
     fprintf(out, "device              %s, bf16 with float32 master weights\n", s->device);
     for (int i = 0; i < PURPOSES; i++) {
-        fprintf(out, "%9.1f MiB   %s\n", (double)a.by_purpose[i] / 0x1p20, purpose_names[i]);
+        bool share = backend_sharded(b) && (i == FOR_MASTER || i == FOR_ADAM);
+        if (a.by_purpose[i] > 0) {
+            fprintf(out, "%9.1f MiB   %s%s\n", (double)a.by_purpose[i] / 0x1p20, purpose_names[i], share ? ", this rank's share" : "");
+        }
     }
-    fprintf(out, "%9.1f MiB   in all, of %.1f MiB free; %.2fM parameters, %d x %d tokens, recompute %d\n", (double)a.used / 0x1p20,
-            (double)s->free_bytes / 0x1p20, (double)b->table.parameters / 1e6, b->spec.B, b->spec.T, b->spec.recompute);
+    if (s->ranks->size > 1) {
+        fprintf(out, "%9.1f MiB   NCCL, taken already\n", nccl / 0x1p20);
+    }
+    fprintf(out, "%9.1f MiB   in all, of %.1f MiB free; %.2fM parameters, %d x %d tokens, recompute %d\n",
+            ((double)a.used + nccl) / 0x1p20, (double)s->free_at_first / 0x1p20, (double)b->table.parameters / 1e6, b->spec.B, b->spec.T,
+            b->spec.recompute);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -323,6 +357,27 @@ static void norm_mlp(Backend *b, int l, Extent e, const float *x, const bf16 *br
                                b->spec.config.hidden_size, (float)b->spec.config.norm_eps, s->stream);
 }
 
+/* Where a layer's matrices begin in the flat space, and where they end. */
+static int64_t layer_start(const Backend *b, int l) {
+    return b->table.tensors[b->table.layers[l].q].offset;
+}
+
+static int64_t layer_end(const Backend *b, int l) {
+    return l + 1 < b->spec.config.num_hidden_layers ? layer_start(b, l + 1) : b->table.tensors[b->table.lm_head].offset;
+}
+
+/* The work that follows on the stream reads parameters before `until`. */
+static void need_params(Backend *b, int64_t until) {
+    exchange_need(&cuda(b)->exchange, until, cuda(b)->stream);
+}
+
+/* The work on the stream so far completes the gradients from `from` on: in the last micro-batch of a step they may leave. */
+static void gradients_done(Backend *b, int64_t from) {
+    if (cuda(b)->micro_batches == b->spec.micro_batches) {
+        exchange_gradients(&cuda(b)->exchange, from, cuda(b)->stream);
+    }
+}
+
 /* From a->x (branch NULL), or from x + branch, which becomes a->x, to the output of the MLP in scratch.branch. */
 static void block_forward(Backend *b, int l, Extent e, const float *x, const bf16 *branch, bool count) {
     CudaBackend *s = cuda(b);
@@ -397,9 +452,11 @@ static void block_backward(Backend *b, int l, Extent e) {
 static void body_forward(Backend *b, Extent e, const int32_t *tokens, bool count) {
     CudaBackend *s = cuda(b);
     int L = b->spec.config.num_hidden_layers, d = b->spec.config.hidden_size;
+    need_params(b, b->table.matrices);
     cuda_embedding_forward(s->acts[0].x, tokens, at(b, s->params, b->table.embeddings), e.N, d, s->stream);
     for (int l = 0; l < L; l++) {
         const float *x = l == 0 ? s->acts[0].x : s->acts[l - 1].x2;
+        need_params(b, layer_end(b, l));
         block_forward(b, l, e, x, l == 0 ? NULL : s->scratch.branch, count);
     }
     cuda_residual_norm_forward(s->h_final, s->rstd_final, s->x_final, s->acts[L - 1].x2, s->scratch.branch,
@@ -410,6 +467,7 @@ static void body_forward(Backend *b, Extent e, const int32_t *tokens, bool count
 static void head(Backend *b, Extent e, float scale) {
     CudaBackend *s = cuda(b);
     int d = b->spec.config.hidden_size, V = b->spec.config.vocab_size;
+    need_params(b, b->table.total);
     for (int64_t n = 0; n < e.N; n += HEAD_ROWS) {
         int64_t rows = fox_min64(e.N - n, HEAD_ROWS);
         linear(b, s->logits, s->h_final + n * d, b->table.lm_head, rows, d, s->padded_vocab, s->padded_vocab);
@@ -445,24 +503,61 @@ static void forward_backward_on_device(Backend *b, float scale) {
     int L = b->spec.config.num_hidden_layers, d = b->spec.config.hidden_size;
     body_forward(b, e, s->tokens, true);
     head(b, e, scale);
+    gradients_done(b, b->table.tensors[b->table.lm_head].offset);
     CUDA(cudaMemsetAsync(s->scratch.dx, 0, sizeof(float) * (size_t)e.N * (size_t)d, s->stream));
     cuda_norm_backward(s->scratch.dx, s->scratch.dx_bf16, at(b, s->grads, b->table.norm), s->scratch.norm, s->dh_final, s->x_final,
                        s->rstd_final, at(b, s->params, b->table.norm), e.N, d, s->stream);
     for (int l = L - 1; l >= 0; l--) {
         recompute(b, l, e);
         block_backward(b, l, e);
+        gradients_done(b, layer_start(b, l));
     }
     cuda_embedding_backward(at(b, s->grads, b->table.embeddings), s->scratch.dx, s->tokens, s->scratch.embedding, e.N, d,
                             b->spec.config.vocab_size, s->stream);
+    gradients_done(b, 0);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* The interface                                                                                                       */
 
-static float *cuda_buffer(Backend *b, FoxBuffer buffer) {
-    CudaBackend *s = cuda(b);
-    float *const buffers[] = {s->params, s->grads, s->adam_m, s->adam_v};
-    return buffers[buffer];
+/* This rank's float32 parameters of its piece of a bucket of b->owned. */
+static float *piece_params(const Backend *b, int bucket, Piece piece) {
+    const CudaBackend *s = (const CudaBackend *)b->self;
+    int64_t front = partition_start(&b->owned, front_buckets(b));
+    return s->params + (bucket < front_buckets(b) || !backend_sharded(b) ? piece.start : front + piece.local - front / b->owned.ranks);
+}
+
+/* What a rank keeps of one bucket of a buffer: `count` floats of the flat space from `start`, at `device`. */
+typedef struct Kept {
+    int64_t start, count;
+    float *device;
+} Kept;
+
+static Kept kept(const Backend *b, FoxBuffer buffer, int bucket) {
+    const CudaBackend *s = (const CudaBackend *)b->self;
+    const Partition *p = &b->owned;
+    Piece piece = partition_piece(p, bucket, b->owner);
+    int64_t start = partition_start(p, bucket), end = fox_min64(partition_start(p, bucket + 1), p->total);
+    Kept whole = {start, end - start, (buffer == FOX_GRADS ? s->grads : s->params) + start};
+    Kept share = {piece.start, piece.count, NULL};
+    if (buffer == FOX_GRADS || (buffer == FOX_PARAMS && bucket < front_buckets(b))) {
+        return whole;
+    }
+    share.device = buffer == FOX_PARAMS ? piece_params(b, bucket, piece) : (buffer == FOX_ADAM_M ? s->adam_m : s->adam_v) + piece.local;
+    return share;
+}
+
+/* Copies between `memory`, which stands for `count` floats of the flat space from `start`, and what this rank keeps of them. */
+static void copy_kept(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *memory, bool to_memory) {
+    for (int k = partition_find(&b->owned, start); count > 0 && k <= partition_find(&b->owned, start + count - 1); k++) {
+        Kept mine = kept(b, buffer, k);
+        int64_t from = mine.start > start ? mine.start : start, end = fox_min64(mine.start + mine.count, start + count);
+        if (from < end) {
+            float *device = mine.device + (from - mine.start), *other = memory + (from - start);
+            CUDA(cudaMemcpyAsync(to_memory ? other : device, to_memory ? device : other, sizeof(float) * (size_t)(end - from),
+                                 cudaMemcpyDefault, cuda(b)->stream));
+        }
+    }
 }
 
 static void *cuda_allocate_host(Backend *b, int64_t bytes) {
@@ -477,42 +572,91 @@ static void cuda_free_host(Backend *b, void *memory) {
 }
 
 static void cuda_read(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *host) {
+    need_params(b, b->table.total);
+    copy_kept(b, buffer, start, count, host, true);
+    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+}
+
+/* The bf16 parameters are whole on every rank. They are made from all that is written, which passes through the gradients'
+ * place where the float32 parameters are not kept; gradients are zero between steps. */
+static void write_bf16(Backend *b, int64_t start, int64_t count, const float *host) {
     CudaBackend *s = cuda(b);
-    CUDA(cudaMemcpyAsync(host, cuda_buffer(b, buffer) + start, sizeof(float) * (size_t)count, cudaMemcpyDeviceToHost, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
+    size_t bytes = sizeof(float) * (size_t)count;
+    const float *device = s->params + start;
+    if (backend_sharded(b)) {
+        CUDA(cudaMemcpyAsync(s->grads + start, host, bytes, cudaMemcpyHostToDevice, s->stream));
+        device = s->grads + start;
+    }
+    cuda_to_bf16(s->params_bf16 + start, device, count, s->stream);
+    if (backend_sharded(b)) {
+        CUDA(cudaMemsetAsync(s->grads + start, 0, bytes, s->stream));
+    }
 }
 
 static void cuda_write(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, const float *host) {
-    CudaBackend *s = cuda(b);
-    float *device = cuda_buffer(b, buffer) + start;
-    CUDA(cudaMemcpyAsync(device, host, sizeof(float) * (size_t)count, cudaMemcpyHostToDevice, s->stream));
+    need_params(b, b->table.total);
+    copy_kept(b, buffer, start, count, (float *)(uintptr_t)host, false);
     if (buffer == FOX_PARAMS) {
-        cuda_to_bf16(s->params_bf16 + start, device, count, s->stream);
+        write_bf16(b, start, count, host);
     }
-    CUDA(cudaStreamSynchronize(s->stream));
+    CUDA(cudaStreamSynchronize(cuda(b)->stream));
 }
 
 static void cuda_forward_backward(Backend *b, const int32_t *tokens, const int32_t *targets, double scale) {
     CudaBackend *s = cuda(b);
     s->loss_scale = scale / (double)whole(b).N;
+    s->micro_batches++;
     send_tokens(b, tokens, targets);
     forward_backward_on_device(b, (float)s->loss_scale);
+}
+
+/* Sums gradients, loss and squares over the ranks, and decides what the update is scaled with. */
+static void reduce(Backend *b, const AdamW *adamw) {
+    CudaBackend *s = cuda(b);
+    Exchange *x = &s->exchange;
+    need_params(b, b->table.total);
+    exchange_gradients(x, 0, s->stream);
+    exchange_await_gradients(x, s->stream);
+    for (int k = 0; k < b->owned.buckets; k++) {
+        Piece piece = backend_piece(b, k);
+        if (piece.count > 0) {
+            cuda_add_squares(s->stats, s->scratch.squares, s->grads + piece.start, piece.count, s->stream);
+        }
+    }
+    exchange_numbers(x, &s->stats->loss, backend_sharded(b) ? 2 : 1, s->stream); // where not sharded, squares are of all gradients
+    cuda_clip(s->stats, adamw->grad_clip, s->stream);
+}
+
+/* AdamW on what this rank owns; gradients are zero afterwards. */
+static void update_params(Backend *b, const AdamW *adamw) {
+    CudaBackend *s = cuda(b);
+    for (int k = 0; k < b->owned.buckets; k++) {
+        Piece piece = backend_piece(b, k);
+        if (piece.count > 0) {
+            cuda_adamw(piece_params(b, k, piece), s->params_bf16 + piece.start, s->adam_m + piece.local, s->adam_v + piece.local,
+                       s->grads + piece.start, piece.count, b->table.decayed - piece.start, adamw, s->stats, s->stream);
+        }
+    }
+    exchange_parameters(&s->exchange, s->stream);
+    if (backend_sharded(b)) { // what was sent, and what others own
+        CUDA(cudaMemsetAsync(s->grads, 0, sizeof(float) * (size_t)b->partition.padded, s->stream));
+    }
 }
 
 static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
     CudaBackend *s = cuda(b);
     DeviceStats device;
     memset(stats, 0, sizeof *stats);
-    cuda_add_squares(s->stats, s->scratch.squares, s->grads, b->table.total, s->stream);
-    cuda_clip(s->stats, adamw->grad_clip, s->stream);
-    cuda_adamw(s->params, s->params_bf16, s->adam_m, s->adam_v, s->grads, b->table.total, b->table.decayed, adamw, s->stats,
-               s->stream);
+    reduce(b, adamw);
+    update_params(b, adamw);
     CUDA(cudaMemcpyAsync(&device, s->stats, sizeof device, cudaMemcpyDeviceToHost, s->stream));
     CUDA(cudaMemsetAsync(s->stats, 0, sizeof device, s->stream));
     CUDA(cudaStreamSynchronize(s->stream));
+    s->micro_batches = 0;
     stats->loss = device.loss * s->loss_scale;
     stats->grad_norm = device.grad_norm;
     stats->applied = device.applied != 0;
+    exchange_measure(&s->exchange, stats);
 }
 
 static void cuda_evaluate(Backend *b, const int32_t *tokens, const int32_t *targets, float *losses) {
@@ -567,6 +711,7 @@ static void cuda_decode(Backend *b, int32_t token, float *logits) {
     uint16_t *row = FOX_NEW(uint16_t, V);
     CUDA(cudaMemcpyAsync(s->tokens, s->prefix + start, sizeof(int32_t) * (size_t)T, cudaMemcpyHostToDevice, s->stream));
     body_forward(b, e, s->tokens, false);
+    need_params(b, b->table.total);
     linear(b, s->logits, s->h_final + (int64_t)(length - 1) * d, b->table.lm_head, 1, d, s->padded_vocab, s->padded_vocab);
     CUDA(cudaMemcpyAsync(row, s->logits, sizeof(uint16_t) * (size_t)V, cudaMemcpyDeviceToHost, s->stream));
     CUDA(cudaStreamSynchronize(s->stream));
@@ -630,12 +775,15 @@ static bool cuda_allocate(Backend *b, FoxError *err) {
     matmul_create(&s->matmul, s->scratch.matmul, b->spec.deterministic);
     plan_products(b);
     CUDA(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
+    exchange_prepare(&s->exchange, &b->partition, backend_sharded(b), b->table.matrices, s->grads, s->grads_bf16, s->params,
+                     s->params_bf16);
     CUDA(cudaStreamSynchronize(s->stream));
     return true;
 }
 
 static void cuda_free(Backend *b) {
     CudaBackend *s = cuda(b);
+    exchange_close(&s->exchange);
     matmul_free(&s->matmul);
     cudaFree(s->memory);
     cudaFreeHost(s->pinned);
@@ -676,34 +824,43 @@ static double peak_flops(const char *device) {
     return 0;
 }
 
-bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, FoxError *err) {
-    struct cudaDeviceProp device;
-    size_t total;
+/* Takes this rank's GPU: the ranks of a machine take its GPUs in order, or each the one that its launcher lets it see. */
+static bool take_device(const BackendSpec *spec, const Ranks *ranks, struct cudaDeviceProp *device, FoxError *err) {
     char why[256];
-    int head_width = spec->config.hidden_size / spec->config.num_heads;
+    int count = 0, head_width = spec->config.hidden_size / spec->config.num_heads;
     if (!fox_config_check(&spec->config, err)) {
         return false;
     }
     if (!backend_cuda_available(why)) {
         return fox_fail(err, "--device cuda: %s; use --device cpu", why);
     }
-    if (ranks->size > 1) {
-        return fox_fail(err, "several ranks on GPUs are not in this version; start one process, or use --device cpu");
-    }
     if (head_width != 64 && head_width != 128) {
         return fox_fail(err, "the GPU kernels know heads of 64 and 128 values, this model has %d; use --device cpu", head_width);
     }
-    CUDA(cudaGetDeviceProperties(&device, 0));
-    if (device.major < 8) {
-        return fox_fail(err, "%s has compute capability %d.%d; 8.0 or newer is needed; use --device cpu", device.name, device.major,
-                        device.minor);
-    }
+    CUDA(cudaGetDeviceCount(&count));
+    CUDA(cudaSetDevice(ranks->local_rank % count));
+    CUDA(cudaGetDeviceProperties(device, ranks->local_rank % count));
+    return device->major >= 8 || fox_fail(err, "%s has compute capability %d.%d; 8.0 or newer is needed; use --device cpu", device->name,
+                                          device->major, device->minor);
+}
+
+bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, FoxError *err) {
+    struct cudaDeviceProp device;
+    Exchange exchange;
+    size_t total, free_at_first;
     memset(b, 0, sizeof *b);
+    if (!ranks_everyone(ranks, take_device(spec, ranks, &device, err), err)) {
+        return false;
+    }
+    CUDA(cudaMemGetInfo(&free_at_first, &total));
+    if (!exchange_open(&exchange, ranks, err)) {
+        return false;
+    }
     b->name = "cuda";
     b->spec = *spec;
     b->table = fox_table_create(&spec->config);
     backend_divide(b, ranks);
-    b->whole_params = true;
+    b->whole_params = !backend_sharded(b);
     b->report = cuda_report;
     b->allocate = cuda_allocate;
     b->memory = cuda_memory;
@@ -723,6 +880,8 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     CudaBackend *s = FOX_NEW(CudaBackend, 1);
     b->self = s;
     s->ranks = ranks;
+    s->exchange = exchange;
+    s->free_at_first = free_at_first;
     snprintf(s->device, sizeof s->device, "%s", device.name);
     b->peak_flops = peak_flops(device.name);
     CUDA(cudaMemGetInfo(&s->free_bytes, &total));
@@ -734,7 +893,7 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     s->attention.B = spec->B;
     s->attention.T = spec->T;
     s->attention.H = spec->config.num_heads;
-    s->attention.D = head_width;
+    s->attention.D = spec->config.hidden_size / spec->config.num_heads;
     s->attention.mode = spec->config.use_forget_gate ? spec->acp : ACP_OFF;
     s->attention.log_tolerance = (double)spec->log_tolerance;
     s->attention.shared_norm = spec->config.qk_norm_share_param_across_head;

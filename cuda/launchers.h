@@ -121,8 +121,9 @@ void cuda_clip(DeviceStats *stats, double grad_clip, cudaStream_t stream);
 void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *grads, int64_t count, int64_t decay_from,
                 const AdamW *adamw, const DeviceStats *stats, cudaStream_t stream);
 
-/* out = bf16(in) */
+/* out = bf16(in), and back */
 void cuda_to_bf16(bf16 *out, const float *in, int64_t count, cudaStream_t stream);
+void cuda_from_bf16(float *out, const bf16 *in, int64_t count, cudaStream_t stream);
 
 /* ---- acp_attention.cuh ---- */
 

@@ -726,6 +726,10 @@ static uint64_t cuda_adamw_case(Tests *t, GpuWorst *worst, GpuShape s) {
     bf16 *copy = gpu_new_bf16(&g, total);
     cuda_to_bf16(copy, gp, total, 0);
     gpu_check_bf16(&g, worst, "to_bf16", copy, p, total);
+    float *back = gpu_floats(&g, zero, total), *rounded = gpu_read_bf16(copy, total);
+    cuda_from_bf16(back, copy, total, 0);
+    gpu_check_floats(&g, worst, "from_bf16", back, rounded, total, 0);
+    free(rounded);
     FREE_ALL(p, grad, m, v, zero);
     return gpu_end(&g);
 }

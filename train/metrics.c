@@ -276,6 +276,11 @@ void metrics_step(Metrics *m, const StepRecord *s) {
     } else {
         fputs(", \"gpu_mem_bytes\": null", r.stream);
     }
+    if (s->exchanged > 0) {
+        record_number(&r, "exchanged_bytes", s->exchanged);
+        record_number(&r, "exchange_ms", round(1e3 * s->exchange_ms) / 1e3);
+        record_number(&r, "exposed_ms", round(1e3 * s->exposed_ms) / 1e3);
+    }
     record_write(m, &r);
     show_progress(m, s);
 }

@@ -33,6 +33,7 @@ typedef struct StepRecord {
     double seconds; /* wall time of the step */
     double mfu;     /* fraction of the device's peak in [0, 1]; NAN when the peak is unknown */
     double pruned;  /* fraction of causal blocks skipped; NAN when nothing was counted */
+    double exchanged, exchange_ms, exposed_ms; /* between GPUs, see StepStats; 0: nothing */
     int64_t gpu_memory; /* bytes; -1 without a GPU */
 } StepRecord;
 

@@ -398,6 +398,19 @@ void ranks_name(const Ranks *ranks, int rank, char text[96]) {
     snprintf(text, 96, "rank %d (%s)", rank, ranks->links != NULL ? ranks->links->hosts[rank] : "alone");
 }
 
+void ranks_fail(const Ranks *ranks, const char *format, ...) {
+    char text[400], name[96];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (ranks->links == NULL) {
+        fox_die("%s", text);
+    }
+    ranks_name(ranks, ranks->rank, name);
+    watch_fail(ranks->links->watch, "%s, step %lld: %s", name, (long long)watch_step(ranks->links->watch) + 1, text);
+}
+
 void ranks_working(const Ranks *ranks, int64_t step) {
     if (ranks->links != NULL) {
         watch_working(ranks->links->watch, step);

@@ -48,6 +48,9 @@ bool ranks_everyone(const Ranks *, bool ok, FoxError *);
 /* "rank 3 (host)". */
 void ranks_name(const Ranks *, int rank, char text[96]);
 
+/* What no caller can mend: ends all ranks, with one line that names this one. */
+FOX_PRINTF(2, 3) FOX_NORETURN void ranks_fail(const Ranks *, const char *format, ...);
+
 /* What the watch is told. The main thread made progress (in a step, a validation): from here to the next call of either a long
  * pause is a hang. Or it does something that may take thirty times as long. */
 void ranks_working(const Ranks *, int64_t step);

@@ -316,8 +316,12 @@ static bool fill_backend(Trainer *t, FoxError *err) {
 static bool open_device(Trainer *t, const BackendSpec *spec, FoxError *err) {
     const Options *o = &t->options;
 #ifdef FOX_CUDA
-    char why[256];
-    if (o->device == DEVICE_CUDA || (o->device == DEVICE_AUTO && backend_cuda_available(why))) {
+    char why[256] = "";
+    bool gpu = o->device == DEVICE_CUDA || (o->device == DEVICE_AUTO && backend_cuda_available(why));
+    if (!ranks_agree(&t->ranks, gpu)) {
+        return fox_fail(err, "some ranks find a GPU and others do not; --device cpu takes the CPU on all of them");
+    }
+    if (gpu) {
         return backend_cuda_open(&t->backend, spec, &t->ranks, err);
     }
     if (o->device == DEVICE_AUTO) {
@@ -348,9 +352,6 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     ranks_working(&t->ranks, 0);
     if (!everyone(t, open_device(t, &spec, err), err)) {
         return false;
-    }
-    if (!ranks_agree(&t->ranks, fox_hash(0, t->backend.name, strlen(t->backend.name)))) {
-        return everyone(t, fox_fail(err, "some ranks found a GPU and others not; --device cpu takes the CPU on all of them"), err);
     }
     if (t->ranks.rank == 0) {
         t->backend.report(&t->backend, stdout);
@@ -557,6 +558,9 @@ static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) 
     if (t->backend.peak_flops > 0) {
         r.mfu = step_flops(t, r.pruned) / (r.seconds * t->backend.peak_flops * t->ranks.size);
     }
+    r.exchanged = stats->exchanged;
+    r.exchange_ms = stats->exchange_ms;
+    r.exposed_ms = stats->exposed_ms;
     r.gpu_memory = strcmp(t->backend.name, "cuda") == 0 ? t->backend.memory(&t->backend) : -1;
     metrics_step(&t->metrics, &r);
 }

@@ -81,6 +81,13 @@ void watch_resting(Watch *w) {
     pthread_mutex_unlock(&w->mutex);
 }
 
+int64_t watch_step(Watch *w) {
+    pthread_mutex_lock(&w->mutex);
+    int64_t step = w->step;
+    pthread_mutex_unlock(&w->mutex);
+    return step;
+}
+
 void watch_begin(Watch *w) {
     pthread_mutex_lock(&w->mutex);
     w->before = w->state;

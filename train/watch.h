@@ -30,6 +30,8 @@ void watch_patience(Watch *, double progress, double silence);
 void watch_guard(Watch *, const RanksGuard *);
 void watch_working(Watch *, int64_t step);
 void watch_resting(Watch *);
+/* The step that the main thread last named. */
+int64_t watch_step(Watch *);
 
 /* The main thread does something together with the others: begins; waits for `rank` (rank 0 for each in turn); has sent what
  * it had to send and waits for rank 0; is done. Waiting for others is no hang. But when rank 0 waits for a rank that waits as
