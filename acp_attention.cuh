@@ -72,6 +72,7 @@ typedef struct AcpSaved {
     float *lift;   /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
     int *first;    /* [BH, blocks], first key block of each query block */
     int *last;     /* [BH, blocks], last query block of each key block */
+    float *bound;  /* [BH], on |s_ij|; infinite where it is not known */
     int *order[2]; /* [BH * blocks] each, the longest first: row * tiles + tile, of queries and of keys */
 } AcpSaved;
 
@@ -110,6 +111,7 @@ static inline AcpSaved acp_saved(const AcpShape *shape, void *memory, int64_t *b
     s.lift = (float *)acp_take(start, &used, BH * blocks * ACP_BLOCK, sizeof(float));
     s.first = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     s.last = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    s.bound = (float *)acp_take(start, &used, BH, sizeof(float));
     s.order[0] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     s.order[1] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     *bytes = used;
@@ -478,12 +480,12 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
     int64_t bh = blockIdx.x;
     int h = (int)(bh % r.H), tid = threadIdx.x, *first = saved.first + bh * r.blocks;
     const double *c = saved.c + bh * r.T;
-    double delta = 0;
+    double delta = 0, U = INFINITY;
     if (tid == 0) {
         lowest = r.blocks;
         skipped = 0;
     }
-    if (r.mode == ACP_PAPER) {
+    if (r.mode == ACP_PAPER || r.q_norm != NULL) {
         if (tid < 32) {
             float q = 0, k = 0;
             int offset = r.shared_norm ? 0 : h * r.D;
@@ -501,9 +503,12 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
             }
         }
         __syncthreads();
-        double U = (double)bound[0] * (double)bound[1];
+        U = (double)bound[0] * (double)bound[1];
         U *= r.q_norm != NULL ? sqrt((double)r.D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)r.D);
         delta = -2.0 * U - log((double)r.T) + r.log_tolerance;
+    }
+    if (tid == 0) {
+        saved.bound[bh] = (float)U;
     }
     __syncthreads();
     for (int end = r.blocks; end > 0; end -= 256) {
