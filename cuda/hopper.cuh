@@ -395,6 +395,15 @@ static __device__ __forceinline__ void hopper_product_ab(float (&acc)[ACC], cons
     }
 }
 
+/* Accumulators of a product as the A operand of the next. */
+template <int N>
+static __device__ __forceinline__ void hopper_pack(uint32_t (&p)[N / 2], const float (&s)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        p[i / 2] = acp_pack(s[i], s[i + 1]);
+    }
+}
+
 /* A warpgroup's 64 rows, times scale[] of each thread's two, as bf16 to rows t .. of a tensor, by way of 64 rows of a
  * tile that only this warpgroup still uses. barrier: of its own threads. */
 template <int D>

@@ -71,14 +71,6 @@ static __device__ __forceinline__ void hopper_weights(float (&s)[N], const float
     }
 }
 
-template <int N>
-static __device__ __forceinline__ void hopper_pack(uint32_t (&p)[N / 2], const float (&s)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        p[i / 2] = acp_pack(s[i], s[i + 1]);
-    }
-}
-
 /* Logits become t = s scale + lift_j, in units of log 2; masked where the key is after the query; high, if HIGH: the
  * largest of both rows, over the lanes that share them. */
 template <bool MASKED, bool HIGH, int N>
