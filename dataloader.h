@@ -2,6 +2,7 @@
  *
  * A shard is llm.c's format: 256 little-endian int32, then the tokens as little-endian uint16, and nothing after them:
  *     [0] = 20240520   [1] = 1   [2] = number of tokens   [3] = vocabulary size (0: 50257)   the others: not looked at
+ *     [1] = 2: the tokens are windows, each by itself, of [4] tokens, and [4] must be T + 1
  *
  * A shard of n tokens holds floor((n - 1) / T) windows. Window k starts at s = k*T: its input is tokens[s .. s+T), its
  * targets the same shifted by one, so neighbours share one token and every token but the first is predicted once.
@@ -9,8 +10,11 @@
  *     shard 0                        shard 1                N windows in all, numbered through
  *     |  0  |  1  |  2  |rest|       |  3  |  4  |rest|
  *
+ * In a shard of windows neighbours share nothing: window k starts at k*(T+1). So a window may begin with a token that stands
+ * for nothing before it (scripts/data_longcrawl64.py).
+ *
  * One global order. g = 0, 1, 2, ... counts windows over the whole run; its epoch is g / N, and a keyed permutation of
- * [0, N) turns g % N into the window of that moment. A step of W windows takes g = s*W .. s*W + W-1, and rank r of n
+ * [0, N) turns g % N into the window of that moment (without `shuffle` it is window g % N). A step of W windows takes g = s*W .. s*W + W-1, and rank r of n
  * the contiguous share [r*W/n, (r+1)*W/n) of them, B at a time. What a step sees therefore depends on the seed and the
  * step alone, not on the number of ranks, and the whole state of the loader is one number, the next g.
  *
@@ -31,6 +35,7 @@
 
 #define DATALOADER_MAGIC 20240520
 #define DATALOADER_VERSION 1
+#define DATALOADER_VERSION_WINDOWS 2
 #define DATALOADER_HEADER_BYTES 1024
 #define DATALOADER_DEFAULT_VOCAB 50257
 #define DATALOADER_TRAIN_PATTERN "*train*.bin"
@@ -44,7 +49,7 @@ typedef struct DataSpec {
     int T;                    /* tokens in a window */
     int B;                    /* windows in a micro-batch */
     uint64_t seed;            /* of the order */
-    bool shuffle;             /* false: the windows in file order (validation) */
+    bool shuffle;             /* false: the windows in file order */
     int64_t windows_per_step; /* W, over all ranks; 0: a step is one whole epoch (validation) */
     int64_t max_windows;      /* an epoch is the first so many windows of the shards; 0: all of them */
     int rank, size;
@@ -53,6 +58,7 @@ typedef struct DataSpec {
 typedef struct DataShard {
     const char *path;
     int64_t tokens;
+    int64_t stride;       /* tokens from window to window: T, or T + 1 in a shard of windows */
     int64_t first_window; /* number of its first window: the windows of the shards before it */
 } DataShard;
 
@@ -133,10 +139,10 @@ static inline void dataloader_window(const DataLoader *loader, int64_t g, int *s
         }
     }
     *shard = low;
-    *start = (window - loader->shards[low].first_window) * loader->spec.T;
+    *start = (window - loader->shards[low].first_window) * loader->shards[low].stride;
 }
 
-/* Fingerprint of what positions are counted in: shard sizes in their order, T and the vocabulary. A resumed run
+/* Fingerprint of what positions are counted in: shard sizes in their order, T, the vocabulary, shuffled or not. A resumed run
  * compares it; names and folders may change. */
 static inline uint64_t dataloader_hash(const DataLoader *loader) {
     int64_t head[4] = {loader->spec.T, loader->vocab_size, loader->shard_count, loader->windows};
@@ -144,7 +150,7 @@ static inline uint64_t dataloader_hash(const DataLoader *loader) {
     for (int i = 0; i < loader->shard_count; i++) {
         hash = fox_hash(hash, &loader->shards[i].tokens, sizeof loader->shards[i].tokens);
     }
-    return hash;
+    return loader->spec.shuffle ? hash : fox_mix64(hash);
 }
 
 /* ---------------------------------------------------------------------------------------------------------- shards */
@@ -195,17 +201,19 @@ static inline int32_t dataloader_int32(const uint8_t *header, int index) {
     return (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
 }
 
-/* Checks a shard's header against its size. Fills the number of tokens and the vocabulary size. */
+/* Checks a shard's header against its size. Fills the number of tokens, the vocabulary size, and the tokens of a window where it
+ * is a shard of windows, else 0. */
 static inline bool dataloader_check_header(const char *path, const uint8_t *header, int64_t bytes, int64_t *tokens,
-                                           int *vocab_size, FoxError *err) {
+                                           int *vocab_size, int *window, FoxError *err) {
     int32_t magic = dataloader_int32(header, 0), version = dataloader_int32(header, 1);
     int32_t count = dataloader_int32(header, 2), vocab = dataloader_int32(header, 3);
     if (magic != DATALOADER_MAGIC) {
         return fox_fail(err, "%s: not a token shard: expected the magic number %d, found %d", path, DATALOADER_MAGIC,
                         magic);
     }
-    if (version != DATALOADER_VERSION) {
-        return fox_fail(err, "%s: expected shard version %d, found %d", path, DATALOADER_VERSION, version);
+    if (version != DATALOADER_VERSION && version != DATALOADER_VERSION_WINDOWS) {
+        return fox_fail(err, "%s: expected shard version %d or %d, found %d", path, DATALOADER_VERSION,
+                        DATALOADER_VERSION_WINDOWS, version);
     }
     if (count < 0) {
         return fox_fail(err, "%s: the header's token count is negative: %d", path, count);
@@ -218,13 +226,18 @@ static inline bool dataloader_check_header(const char *path, const uint8_t *head
     if (vocab < 0 || vocab > 65536) {
         return fox_fail(err, "%s: the header's vocabulary size must be in 0..65536, found %d", path, vocab);
     }
+    *window = version == DATALOADER_VERSION ? 0 : dataloader_int32(header, 4);
+    if (version == DATALOADER_VERSION_WINDOWS && (*window < 2 || count % *window != 0)) {
+        return fox_fail(err, "%s: version %d is windows of two tokens or more; the header says %d tokens in windows of %d",
+                        path, version, count, *window);
+    }
     *tokens = count;
     *vocab_size = vocab == 0 ? DATALOADER_DEFAULT_VOCAB : vocab;
     return true;
 }
 
 /* Opens and checks one shard; reads its header only. */
-static inline bool dataloader_read_header(const char *path, int64_t *tokens, int *vocab_size, FoxError *err) {
+static inline bool dataloader_read_header(const char *path, int64_t *tokens, int *vocab_size, int *window, FoxError *err) {
     int64_t bytes = 0;
     int fd = dataloader_open_file(path, &bytes, err);
     if (fd < 0) {
@@ -237,7 +250,7 @@ static inline bool dataloader_read_header(const char *path, int64_t *tokens, int
                       DATALOADER_HEADER_BYTES, (long long)bytes);
     } else {
         ok = dataloader_pread(fd, path, 0, DATALOADER_HEADER_BYTES, header, err) &&
-             dataloader_check_header(path, header, bytes, tokens, vocab_size, err);
+             dataloader_check_header(path, header, bytes, tokens, vocab_size, window, err);
     }
     close(fd);
     return ok;
@@ -253,10 +266,14 @@ static inline bool dataloader_read_headers(DataLoader *loader, FoxError *err) {
     int T = loader->spec.T;
     for (int i = 0; i < loader->shard_count; i++) {
         DataShard *shard = &loader->shards[i];
-        int vocab_size = 0;
+        int vocab_size = 0, window = 0;
         shard->path = loader->paths.paths[i];
-        if (!dataloader_read_header(shard->path, &shard->tokens, &vocab_size, err)) {
+        if (!dataloader_read_header(shard->path, &shard->tokens, &vocab_size, &window, err)) {
             return false;
+        }
+        if (window > 0 && window != (int64_t)T + 1) {
+            return fox_fail(err, "%s: made for -T %d (windows of %d tokens, each by itself), found -T %d; make the shard "
+                            "again for this -T", shard->path, window - 1, window, T);
         }
         if (shard->tokens < (int64_t)T + 1) {
             return fox_fail(err, "%s: a window of T = %d needs %lld tokens, found %lld; lower -T or leave the file out",
@@ -269,7 +286,8 @@ static inline bool dataloader_read_headers(DataLoader *loader, FoxError *err) {
         loader->vocab_size = vocab_size;
         shard->first_window = loader->windows;
         loader->tokens += shard->tokens;
-        loader->windows += (shard->tokens - 1) / T;
+        shard->stride = window > 0 ? window : T;
+        loader->windows += window > 0 ? shard->tokens / window : (shard->tokens - 1) / T;
     }
     return true;
 }

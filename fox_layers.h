@@ -431,6 +431,7 @@ typedef struct FoxModel {
     float *h, *rstd, *dh;    /* [N, d], [N], [N, d]: the last norm */
     float *logits;           /* [FOX_HEAD_ROWS, V] */
     double *skipped, *total; /* [L, H], blocks since they were last zeroed */
+    int *first_blocks;       /* NULL, or where forward leaves the ranges of the first sequence: [L, H, blocks]; not owned */
 } FoxModel;
 
 enum { FOX_HEAD_ROWS = 1024 }; /* rows of logits in memory at a time: V is large, N too */
@@ -668,6 +669,9 @@ static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, 
     for (int bh = 0; bh < B * H; bh++) {
         m->skipped[layer * H + bh % H] += (double)acp_skipped_blocks(blocks, a->first + (int64_t)bh * blocks);
         m->total[layer * H + bh % H] += (double)acp_causal_blocks(T, FOX_BLOCK, FOX_BLOCK);
+    }
+    if (m->first_blocks != NULL) {
+        memcpy(m->first_blocks + (int64_t)layer * H * blocks, a->first, sizeof(int) * (size_t)(H * blocks));
     }
 }
 

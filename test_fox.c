@@ -18,6 +18,7 @@
 #include "tests/test_cuda_model.h"
 #endif
 #include "tests/test_data.h"
+#include "tests/test_eval.h"
 #include "tests/test_fixtures.h"
 #include "tests/test_layers.h"
 #include "tests/test_options.h"
@@ -36,7 +37,7 @@ static const TestGroup groups[] = {
     {"checker", test_checker},     {"layers", test_layers},       {"fixtures", test_fixtures}, {"acp", test_acp},
     {"data", test_data},           {"options", test_options},     {"files", test_files},       {"checkpoint", test_checkpoint},
     {"tokenizer", test_tokenizer}, {"sampler", test_sampler},     {"runs", test_runs},
-    {"ranks", test_ranks},
+    {"eval", test_eval},           {"ranks", test_ranks},
 #ifdef FOX_CUDA
     {"cuda_layers", test_cuda_layers}, {"cuda_attention", test_cuda_attention}, {"cuda_model", test_cuda_model},
     {"cuda_runs", test_cuda_runs},

@@ -24,9 +24,13 @@ int main(int argc, char **argv) {
             && trainer_open_model(&t, &err)    // a preset, a checkpoint, or the run to resume
             && trainer_open_backend(&t, &err)  // memory, then weights
             && trainer_open_output(&t, &err);  // -o, metrics.jsonl
+    const Options *o = &t.options;
+    if (o->eval) {
+        ok = ok && trainer_evaluate(&t, &err); // a validation is all
+        return trainer_close(&t, ok, &err);
+    }
     bool began = ok;
 
-    const Options *o = &t.options;
     while (ok && !trainer_ended(&t)) {
         for (int i = 0; ok && i < t.micro_batches; i++) {
             ok = trainer_forward_backward(&t, &err); // gradients add up

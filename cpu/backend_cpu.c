@@ -111,7 +111,10 @@ static void cpu_forward_backward(Backend *b, const int32_t *tokens, const int32_
 }
 
 static void cpu_evaluate(Backend *b, const int32_t *tokens, const int32_t *targets, float *losses) {
-    fox_forward(&cpu(b)->model, tokens, targets, losses);
+    FoxModel *m = &cpu(b)->model;
+    m->first_blocks = b->first_blocks;
+    fox_forward(m, tokens, targets, losses);
+    m->first_blocks = NULL;
 }
 
 /* Adds up the gradients of all ranks; of a sharded optimizer only where it is this rank's. */
@@ -260,6 +263,7 @@ bool backend_cpu_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, F
     memset(b, 0, sizeof *b);
     b->name = "cpu";
     b->spec = *spec;
+    b->block = FOX_BLOCK;
     b->whole_params = true;
     b->table = fox_table_create(&spec->config);
     backend_divide(b, ranks);

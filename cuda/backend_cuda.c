@@ -378,6 +378,16 @@ static void gradients_done(Backend *b, int64_t from) {
     }
 }
 
+/* Fetches the ranges of layer l's first sequence to where somebody wants them. */
+static void fetch_ranges(Backend *b, int l, const AcpShape *shape, void *saved) {
+    const double *c;
+    const int *first, *last;
+    int64_t count = (int64_t)shape->H * ((shape->T + b->block - 1) / b->block);
+    acp_saved_views(shape, saved, &c, &first, &last);
+    CUDA(cudaMemcpyAsync(b->first_blocks + l * count, first, sizeof(int) * (size_t)count, cudaMemcpyDeviceToHost, cuda(b)->stream));
+    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+}
+
 /* From a->x (branch NULL), or from x + branch, which becomes a->x, to the output of the MLP in scratch.branch. */
 static void block_forward(Backend *b, int l, Extent e, const float *x, const bf16 *branch, bool count) {
     CudaBackend *s = cuda(b);
@@ -394,6 +404,9 @@ static void block_forward(Backend *b, int l, Extent e, const float *x, const bf1
     shift_and_norm(b, l, e);
     acp_attention_forward(&shape, a->o, a->lse, a->saved, s->scratch.attention, count ? &counts : NULL, a->q, a->k, a->v, d,
                           s->scratch.log_f, at(b, s->params, id->q_norm), at(b, s->params, id->k_norm), s->stream);
+    if (b->first_blocks != NULL) {
+        fetch_ranges(b, l, &shape, a->saved);
+    }
     gate_output(b, l, e);
     linear(b, s->scratch.branch, gated(c, a), id->o, e.N, d, d, d);
     norm_mlp(b, l, e, a->x, s->scratch.branch);
@@ -861,6 +874,7 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     b->table = fox_table_create(&spec->config);
     backend_divide(b, ranks);
     b->whole_params = !backend_sharded(b);
+    b->block = 128; /* of acp_saved_views */
     b->report = cuda_report;
     b->allocate = cuda_allocate;
     b->memory = cuda_memory;

@@ -76,7 +76,7 @@ static bool plan(int argc, char **argv, FoxError *err) {
     spec.T = (int)o.context;
     spec.B = (int)o.micro_batch;
     spec.seed = (uint64_t)o.seed;
-    spec.shuffle = true;
+    spec.shuffle = o.data_order == ORDER_SHUFFLE;
     spec.windows_per_step = o.batch_tokens / o.context;
     spec.size = 1;
     if (!dataloader_open(&train, o.data, DATALOADER_TRAIN_PATTERN, &spec, err)) {

@@ -7,7 +7,7 @@
 
 #include <sys/mman.h>
 
-enum { SETTINGS = 8, REPAIR_MAGIC = 1, REPAIR_COUNT = 2, REPAIR_VOCAB = 4, SHUFFLE = 8, SHRINK = 16 };
+enum { SETTINGS = 8, REPAIR_MAGIC = 1, REPAIR_COUNT = 2, REPAIR_VOCAB = 4, SHUFFLE = 8, SHRINK = 16, WINDOWS = 32 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -23,7 +23,7 @@ static int write_shard(const uint8_t *bytes, size_t size, int repair) {
     uint8_t *copy = (uint8_t *)malloc(size + 1);
     memcpy(copy, bytes, size);
     if (size >= DATALOADER_HEADER_BYTES) {
-        int32_t start[2] = {DATALOADER_MAGIC, DATALOADER_VERSION};
+        int32_t start[2] = {DATALOADER_MAGIC, repair & WINDOWS ? DATALOADER_VERSION_WINDOWS : DATALOADER_VERSION};
         int32_t count = (int32_t)((size - DATALOADER_HEADER_BYTES) / 2), vocab = 65536;
         if (repair & REPAIR_MAGIC) {
             memcpy(copy, start, 8);

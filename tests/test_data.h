@@ -533,10 +533,10 @@ static void data_test_places(Tests *t) {
         }
     }
     DataLoader a, b;
-    DataSpec one = data_spec(10, 2, 1, true, 4, 0, 1), two = data_spec(10, 1, 99, false, 8, 1, 2);
+    DataSpec one = data_spec(10, 2, 1, true, 4, 0, 1), two = data_spec(10, 1, 99, true, 8, 1, 2);
     if (check(t, dataloader_open(&a, fixture.dir, DATALOADER_TRAIN_PATTERN, &one, NULL) &&
               dataloader_open(&b, fixture.dir, DATALOADER_TRAIN_PATTERN, &two, NULL), "data: open twice")) {
-        check(t, dataloader_hash(&a) == dataloader_hash(&b), "data: the fingerprint depends on more than data and T");
+        check(t, dataloader_hash(&a) == dataloader_hash(&b), "data: the fingerprint depends on more than data, T and order");
         dataloader_close(&a);
         dataloader_close(&b);
     }
@@ -571,6 +571,76 @@ static bool data_open_and_next(const char *where, int T, FoxError *err) {
     return ok;
 }
 
+/* A shard of `count` tokens in windows of `window`, beside an ordinary one. */
+static bool data_write_windows(const char *path, int count, int window, const uint16_t *tokens) {
+    int32_t header[256] = {20240520, 2, count, 300, window};
+    FILE *file = fopen(path, "wb");
+    bool ok = file != NULL && fwrite(header, sizeof header, 1, file) == 1 &&
+              fwrite(tokens, 2, (size_t)count, file) == (size_t)count;
+    return file != NULL && fclose(file) == 0 && ok;
+}
+
+/* Windows that stand by themselves come out as they are, in file order or shuffled; other lengths and counts are refused. */
+static void data_test_windows(Tests *t) {
+    enum { T = 8, SINGLE = 5, STREAM = 30, COUNT = SINGLE + (STREAM - 1) / T };
+    uint16_t single[SINGLE * (T + 1)], stream[STREAM];
+    char dir[512], path[600];
+    uint64_t key = data_fresh();
+    for (int i = 0; i < SINGLE * (T + 1) + STREAM; i++) {
+        *(i < SINGLE * (T + 1) ? single + i : stream + i - SINGLE * (T + 1)) = (uint16_t)(fox_random(key, (uint64_t)i) % 300);
+    }
+    snprintf(dir, sizeof dir, "%s/windows", t->scratch);
+    snprintf(path, sizeof path, "%s/a_train.bin", dir);
+    bool ok = make_directories(dir, NULL) && data_write_windows(path, SINGLE * (T + 1), T + 1, single);
+    snprintf(path, sizeof path, "%s/b_train.bin", dir);
+    check(t, ok && data_write_shard(path, 20240520, 1, STREAM, 300, stream, STREAM, 0), "data: cannot write to %s", dir);
+    uint64_t hashes[2] = {0, 0};
+    for (int shuffle = 0; shuffle < 2; shuffle++) {
+        DataLoader loader;
+        FoxError err = {{0}};
+        DataSpec spec = data_spec(T, 1, 5, shuffle == 1, 4, 0, 1);
+        int32_t x[T], y[T];
+        int seen[COUNT] = {0}, wrong = 0;
+        ok = dataloader_open(&loader, dir, DATALOADER_TRAIN_PATTERN, &spec, &err);
+        check(t, ok && loader.windows == COUNT, "data: %d windows of two kinds, found %lld %s", COUNT, (long long)loader.windows,
+              err.text);
+        hashes[shuffle] = ok ? dataloader_hash(&loader) : 0;
+        for (int i = 0; ok && i < 2 * COUNT; i++) {
+            ok = dataloader_next(&loader, x, y, &err);
+            int found = -1;
+            for (int w = 0; w < COUNT; w++) {
+                const uint16_t *at = w < SINGLE ? single + w * (T + 1) : stream + (w - SINGLE) * T;
+                bool same = true;
+                for (int k = 0; k < T; k++) {
+                    same = same && x[k] == at[k] && y[k] == at[k + 1];
+                }
+                found = same ? w : found;
+            }
+            wrong += found < 0 || (shuffle == 0 && found != i % COUNT);
+            seen[found < 0 ? 0 : found]++;
+        }
+        for (int w = 0; w < COUNT; w++) {
+            wrong += seen[w] != 2;
+        }
+        check(t, ok && wrong == 0, "data: windows that stand by themselves, shuffle %d: %d are wrong %s", shuffle, wrong, err.text);
+        dataloader_close(&loader);
+    }
+    check(t, hashes[0] != hashes[1], "data: the fingerprint tells shuffled windows from those in file order");
+    static const struct {
+        int count, window;
+        const char *words;
+    } bad[] = {{2 * (T + 1), T, "in windows of 8"}, {2 * (T + 1), 6, "made for -T 5"}, {2 * (T + 1), 1, "windows of 1"},
+               {2 * (T + 1), 0, "windows of 0"}, {2 * (T + 1), 18, "made for -T 17"}};
+    snprintf(path, sizeof path, "%s/bad.bin", dir);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        FoxError err = {{0}};
+        data_write_windows(path, bad[i].count, bad[i].window, single);
+        ok = data_open_and_next(path, T, &err);
+        data_check_message(t, "bad windows", !ok, &err, path, bad[i].words);
+    }
+    remove_directory(dir);
+}
+
 static void data_test_bad_headers(Tests *t) {
     static const struct {
         const char *what;
@@ -588,8 +658,9 @@ static void data_test_bad_headers(Tests *t) {
         {"wrong magic", 20240521, 1, 20, 257, 20, 0, 0, "20240521"},
         {"big-endian magic", 0x18d83401, 1, 20, 257, 20, 0, 0, "expected the magic number 20240520"},
         {"zero magic", 0, 1, 20, 257, 20, 0, 0, "found 0"},
-        {"version 0", 20240520, 0, 20, 257, 20, 0, 0, "expected shard version 1, found 0"},
-        {"version 2", 20240520, 2, 20, 257, 20, 0, 0, "expected shard version 1, found 2"},
+        {"version 0", 20240520, 0, 20, 257, 20, 0, 0, "expected shard version 1 or 2, found 0"},
+        {"version 2, a negative window", 20240520, 2, 20, 257, 20, 0, 0, "20 tokens in windows of -5"},
+        {"version 3", 20240520, 3, 20, 257, 20, 0, 0, "expected shard version 1 or 2, found 3"},
         {"count too large", 20240520, 1, 21, 257, 20, 0, 0, "truncated"},
         {"count far too large", 20240520, 1, 2147483647, 257, 20, 0, 0, "truncated"},
         {"count too small", 20240520, 1, 19, 257, 20, 0, 0, "too long"},
@@ -865,6 +936,7 @@ static void test_data(Tests *t) {
     data_test_shuffle_large(t);
     data_test_good(t);
     data_test_places(t);
+    data_test_windows(t);
     data_test_bad_headers(t);
     data_test_bad_places(t);
     data_test_bad_token_late(t);

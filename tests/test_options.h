@@ -58,6 +58,7 @@ static const OptionCase option_numbers[] = {
     {"sample-top-k", 0, "50", "0", "65536", "-1", "65537"},
     {"deterministic", 0, "false", "0", "1", "-1", "2"},
     {"resume", 'y', "false", "0", "1", "-1", "2"},
+    {"eval", 0, "false", "0", "1", "-1", "2"},
 };
 
 static const OptionCase option_words[] = {
@@ -70,6 +71,7 @@ static const OptionCase option_words[] = {
     {"sample-prompt", 0, "\"\"", "Once", "-dash", NULL, NULL},
     {"acp", 0, "\"paper\"", "off", "tight", "on", "paper|tight"},
     {"grad-dtype", 0, "\"float32\"", "bf16", "float32", "fp32", "0"},
+    {"data-order", 0, "\"shuffle\"", "file", "shuffle", "files", "1"},
     {"device", 0, "\"auto\"", "cpu", "cuda", "gpu", "''"},
 };
 
@@ -232,6 +234,9 @@ static void options_test_forms(Tests *t) {
     options_check_bad(t, "''", "unexpected argument ''", "");
     options_check_bad(t, "--zeros 1", "unknown option --zero", "");
     options_check_bad(t, "-i ''", "no data", "-i");
+    options_check_bad(t, "--eval -i ''", "no data", "-i");
+    options_check_good(t, "val-data", "--eval -i '' -j val.bin", "val.bin");
+    options_check_bad(t, "--eval -y", "-y", "--eval");
 
     char words[1024], huge[900];
     Options options;

@@ -132,7 +132,8 @@ static void test_metrics_resume(Tests *t) {
         }
         double skipped[4] = {1, 2, 0, 3}, total[4] = {2, 4, 0, 3};
         metrics_pruning(&m, 7, 2, 2, skipped, total);
-        metrics_validation(&m, 7, 448, 2.5);
+        PositionBins bins = positions_create(8);
+        metrics_validation(&m, 7, 448, 2.5, 0.5, &bins);
         metrics_close(&m);
         check(t, count_lines(t, path, "step", 7) == 7, "metrics: 7 steps after a start at %d", (int)from);
         check(t, count_lines(t, path, "run", 7) == (from > 0 ? 2 : 1), "metrics: a line for each start");

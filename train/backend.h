@@ -62,6 +62,9 @@ typedef struct Backend {
     Partition owned;     /* among the ranks that share the optimizer's state: the same, or (not sharded) one that owns all; */
     int owner;           /* this rank keeps share number `owner` of it */
     bool whole_params;   /* every rank keeps all parameters in float32 */
+    int block;           /* queries, and keys, in a block of attention: the grain of pruning */
+    int *first_blocks;   /* NULL, or where evaluate() writes the first key block that each query block of its first sequence
+                            keeps: [L, H, ceil(T / block)]; the caller sets and owns it */
     double peak_flops; /* matrix products per second that the device is sold for; 0: unknown */
     void *self;        /* the implementation's own state */
 

@@ -545,6 +545,14 @@ static bool read_state(const char *dir, TrainState *state, int64_t *files, FoxEr
     return ok;
 }
 
+bool checkpoint_read_state(const char *dir, TrainState *state, FoxError *err) {
+    char path[PATH_SIZE];
+    int64_t files;
+    memset(state, 0, sizeof *state);
+    return join(path, dir, "state.json", err) &&
+           ((access(path, F_OK) != 0 && errno == ENOENT) || read_state(dir, state, &files, err));
+}
+
 static bool write_state(const char *dir, const TrainState *s, uint64_t param_hash, const char *settings,
                         FoxError *err) {
     char path[PATH_SIZE];

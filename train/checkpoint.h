@@ -46,6 +46,9 @@ bool checkpoint_read_config(const char *dir, FoxConfig *, FoxError *);
 /* The same from the metadata of a safetensors file, where every value is a string ("128", "True", "1e-06", "none"). */
 bool checkpoint_config_from_metadata(const SafeTensors *, FoxConfig *, FoxError *);
 
+/* Where the run stood that wrote the checkpoint. All zero, and true, where the directory holds a model and no run. */
+bool checkpoint_read_state(const char *dir, TrainState *, FoxError *);
+
 /* Writes config.json's text. log_tolerance: NAN writes null. */
 void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance);
 

@@ -62,17 +62,21 @@ void metrics_begin(Metrics *m, bool active) {
     m->terminal = isatty(STDOUT_FILENO) == 1;
 }
 
+static bool open_file(Metrics *m, const char *path, int flags, FoxError *err) {
+    m->fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | flags, 0666);
+    return m->fd >= 0 || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
+}
+
 bool metrics_open(Metrics *m, const char *out_dir, int64_t step, FoxError *err) {
-    if (!m->active) {
-        return true;
-    }
     char path[1080];
     snprintf(path, sizeof path, "%s/metrics.jsonl", out_dir);
-    if (step > 0 && !cut_after(path, step, err)) {
-        return false;
-    }
-    m->fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (step > 0 ? 0 : O_TRUNC), 0666);
-    return m->fd >= 0 || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
+    return !m->active || ((step == 0 || cut_after(path, step, err)) && open_file(m, path, step > 0 ? 0 : O_TRUNC, err));
+}
+
+bool metrics_open_eval(Metrics *m, const char *out_dir, FoxError *err) {
+    char path[1080];
+    snprintf(path, sizeof path, "%s/eval.jsonl", out_dir);
+    return !m->active || open_file(m, path, 0, err);
 }
 
 /* A record under construction in memory. It must stay where it is: the stream writes to its fields. */
@@ -112,7 +116,7 @@ static void record_write(Metrics *m, Record *r) {
             reason = errno;
         }
         if (!m->write_failed) {
-            metrics_warn(m, "metrics.jsonl: cannot write: %s; training goes on, lines are missing until it works again",
+            metrics_warn(m, "a line of the records cannot be written: %s; the run goes on, lines are missing until it works again",
                          strerror(reason));
         }
     }
@@ -141,14 +145,36 @@ void metrics_run(Metrics *m, int64_t step, const char *settings) {
     }
 }
 
-void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss) {
-    if (m->active) {
-        Record r;
-        record_begin(&r, "validation", step);
-        record_integer(&r, "tokens", tokens);
-        record_number(&r, "loss", loss);
-        record_write(m, &r);
+/* ", "key": [value, ...]" of count values. */
+static void record_numbers(Record *r, const char *key, const double *values, int count) {
+    fprintf(r->stream, ", \"%s\": ", key);
+    for (int i = 0; i < count; i++) {
+        fputs(i > 0 ? ", " : "[", r->stream);
+        json_write_number(r->stream, values[i]);
     }
+    fputc(']', r->stream);
+}
+
+void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss, double pruned, const PositionBins *bins) {
+    if (!m->active) {
+        return;
+    }
+    double edges[POSITION_BINS + 1], means[POSITION_BINS];
+    for (int i = 0; i <= bins->count; i++) {
+        edges[i] = (double)bins->edges[i];
+    }
+    for (int i = 0; i < bins->count; i++) {
+        means[i] = bins->losses[i] / bins->tokens[i];
+    }
+    Record r;
+    record_begin(&r, "validation", step);
+    record_integer(&r, "tokens", tokens);
+    record_number(&r, "loss", loss);
+    record_number(&r, "pruned", pruned);
+    record_numbers(&r, "position_edges", edges, bins->count + 1);
+    record_numbers(&r, "position_loss", means, bins->count);
+    record_numbers(&r, "position_tokens", bins->tokens, bins->count);
+    record_write(m, &r);
 }
 
 void metrics_checkpoint(Metrics *m, int64_t step, double stall, double write_seconds) {
@@ -179,6 +205,30 @@ void metrics_pruning(Metrics *m, int64_t step, int layers, int heads, const doub
             int i = l * heads + h;
             fputs(h > 0 ? ", " : l > 0 ? ", [" : "[", r.stream);
             json_write_number(r.stream, total[i] > 0 ? skipped[i] / total[i] : (double)NAN);
+        }
+        fputc(']', r.stream);
+    }
+    fputc(']', r.stream);
+    record_write(m, &r);
+}
+
+void metrics_ranges(Metrics *m, int64_t step, int layers, int heads, int64_t context, int block, const int *first) {
+    if (!m->active) {
+        return;
+    }
+    int64_t blocks = (context + block - 1) / block;
+    Record r;
+    record_begin(&r, "ranges", step);
+    record_integer(&r, "context", context);
+    record_integer(&r, "block", block);
+    fputs(", \"first\": [", r.stream);
+    for (int l = 0; l < layers; l++) {
+        for (int h = 0; h < heads; h++) {
+            fputs(h > 0 ? ", " : l > 0 ? ", [" : "[", r.stream);
+            for (int64_t i = 0; i < blocks; i++) {
+                fprintf(r.stream, "%s%d", i > 0 ? ", " : "[", first[(l * heads + h) * blocks + i]);
+            }
+            fputc(']', r.stream);
         }
         fputc(']', r.stream);
     }

@@ -3,8 +3,12 @@
  * metrics.jsonl holds one JSON object a line. Every one has "kind" and "step":
  *   run         at each start: settings, model, data, ranks
  *   step        tokens, loss, lr, grad_norm, applied, step_ms, tokens_per_s, mfu, pruned, gpu_mem_bytes
- *   validation  tokens, loss
+ *   validation  tokens, loss, pruned; by position in the window (train/positions.h): position_edges, position_loss,
+ *               position_tokens
  *   pruning     fraction of causal attention blocks skipped since the last report: all, and [layer][head]
+ *   checkpoint  stall_ms, write_ms
+ *   ranges      first key block that each query block keeps in one window: context, block (tokens), [layer][head][query block]
+ * eval.jsonl, which --eval writes, holds run, validation, pruning (of the validation) and ranges.
  * A value that is unknown or not finite is null.
  *
  * A line is written whole by one write(), or not at all. A failing disk is reported once and training goes on; lines
@@ -12,7 +16,7 @@
 #ifndef FOX_METRICS_H
 #define FOX_METRICS_H
 
-#include "common.h"
+#include "positions.h"
 
 typedef struct Metrics {
     bool active;         /* rank 0 */
@@ -42,6 +46,8 @@ void metrics_begin(Metrics *, bool active);
 /* Opens OUT/metrics.jsonl. step 0 starts it anew; a resumed run (step > 0) appends, after the lines of later steps and
  * unfinished lines have been cut (into a temporary file, renamed when whole). */
 bool metrics_open(Metrics *, const char *out_dir, int64_t step, FoxError *);
+/* Opens OUT/eval.jsonl, to append. */
+bool metrics_open_eval(Metrics *, const char *out_dir, FoxError *);
 /* Leaves the screen in order and closes the file. Safe after metrics_begin alone. */
 void metrics_close(Metrics *);
 
@@ -51,9 +57,12 @@ void metrics_run(Metrics *, int64_t step, const char *settings);
 void metrics_step(Metrics *, const StepRecord *);
 /* stall: seconds that training waited for a checkpoint; write: seconds until it was on the disk. */
 void metrics_checkpoint(Metrics *, int64_t step, double stall, double write);
-void metrics_validation(Metrics *, int64_t step, int64_t tokens, double loss);
+/* pruned: fraction of the blocks; NAN when nothing was counted. */
+void metrics_validation(Metrics *, int64_t step, int64_t tokens, double loss, double pruned, const PositionBins *);
 /* skipped, total: blocks, [layers, heads]. Nothing is written when no block was counted. */
 void metrics_pruning(Metrics *, int64_t step, int layers, int heads, const double *skipped, const double *total);
+/* first: [layers, heads, blocks of `block` tokens]. */
+void metrics_ranges(Metrics *, int64_t step, int layers, int heads, int64_t context, int block, const int *first);
 
 /* Prints a line on stdout, after taking the live line away. */
 FOX_PRINTF(2, 3) void metrics_say(Metrics *, const char *format, ...);

@@ -7,6 +7,7 @@
 
 _Static_assert(ACP_OFF == 0 && ACP_PAPER == 1 && ACP_TIGHT == 2, "the choices of --acp in the table follow AcpMode");
 _Static_assert(DEVICE_AUTO == 0 && DEVICE_CUDA == 1 && DEVICE_CPU == 2, "the choices of --device follow FoxDevice");
+_Static_assert(ORDER_SHUFFLE == 0 && ORDER_FILE == 1, "the choices of --data-order follow DataOrder");
 _Static_assert(GRAD_FLOAT32 == 0 && GRAD_BF16 == 1, "the choices of --grad-dtype follow GradType");
 
 typedef enum OptionType { OPTION_FLAG, OPTION_BOOL, OPTION_INT, OPTION_REAL, OPTION_CHOICE, OPTION_STRING } OptionType;
@@ -51,6 +52,8 @@ static const Option table[] = {
     {NULL, 0, "weight-decay", OPTION_REAL, FIELD(weight_decay), "0", "10", "0.1", "of matrices and embeddings"},
     {NULL, 0, "grad-clip", OPTION_REAL, FIELD(grad_clip), "0", "1000000", "1", "largest gradient norm; 0: no clipping"},
     {NULL, 0, "seed", OPTION_INT, FIELD(seed), "0", "9223372036854775807", "0", "of weights, data order and samples"},
+    {NULL, 0, "data-order", OPTION_CHOICE, FIELD(data_order), "shuffle|file", NULL, "shuffle",
+     "windows shuffled anew each epoch, or as in the shards"},
 
     {"Attention and machine", 0, "acp", OPTION_CHOICE, FIELD(acp), "off|paper|tight", NULL, "paper",
      "how attention is pruned"},
@@ -73,7 +76,9 @@ static const Option table[] = {
      "steps between checkpoints; 0: at the end only"},
     {NULL, 0, "keep", OPTION_INT, FIELD(keep), "0", "1000000", "3", "newest checkpoints to keep; 0: all"},
 
-    {"Reports", 'v', "val-every", OPTION_INT, FIELD(val_every), "0", MAX_COUNT, "250",
+    {"Reports", 0, "eval", OPTION_BOOL, FIELD(eval), "0", "1", "0",
+     "validate the checkpoint -e into OUT/eval.jsonl; no training"},
+    {NULL, 'v', "val-every", OPTION_INT, FIELD(val_every), "0", MAX_COUNT, "250",
      "steps between validations; 0: never"},
     {NULL, 0, "val-batches", OPTION_INT, FIELD(val_batches), "0", MAX_COUNT, "20",
      "micro-batches a validation, over all ranks; 0: all data"},
@@ -348,7 +353,10 @@ bool options_parse(Options *options, int argc, char *const *argv, FoxError *err)
             return true;
         }
     }
-    if (options->data[0] == '\0') {
+    if (options->eval && options->resume) {
+        return fox_fail(err, "--eval trains nothing, so there is nothing to resume: leave -y out");
+    }
+    if (options->data[0] == '\0' && !(options->eval && options->val_data[0] != '\0')) {
         return fox_fail(err, "no data: give -i a folder, glob or file of token shards; --help lists all options");
     }
     if (options->model[0] == '\0' || options->out[0] == '\0') {
@@ -368,6 +376,13 @@ static int64_t nearest_multiple(int64_t value, int64_t unit) {
 /* Fills the 0 of -T, -d, -l from the preset; false when there is none to ask. *batch_tokens is its wish, if -d is 0. */
 static bool resolve_preset(Options *options, const FoxPreset *preset, int64_t *batch_tokens, FoxError *err) {
     bool T = options->context == 0, d = options->batch_tokens == 0, l = options->learning_rate == 0;
+    if (options->eval) { // steps and rates are of no interest: any batch will do
+        if (T) {
+            return fox_fail(err, "--eval: the command line must say -T (context)");
+        }
+        *batch_tokens = !d ? options->batch_tokens : options->context < 16384 ? 16384 : options->context;
+        return true;
+    }
     if (preset == NULL && (T || d || l)) {
         return fox_fail(err, "%s is a checkpoint and no preset, so the command line must say%s%s%s", options->model,
                         T ? " -T (context)" : "", d ? " -d (tokens in a step)" : "", l ? " -l (learning rate)" : "");

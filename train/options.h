@@ -10,6 +10,7 @@
 
 typedef enum FoxDevice { DEVICE_AUTO, DEVICE_CUDA, DEVICE_CPU } FoxDevice;
 typedef enum GradType { GRAD_FLOAT32, GRAD_BF16 } GradType;
+typedef enum DataOrder { ORDER_SHUFFLE, ORDER_FILE } DataOrder;
 
 /* Strings point into argv, which must outlive this. */
 typedef struct Options {
@@ -31,6 +32,7 @@ typedef struct Options {
     double weight_decay;
     double grad_clip; /* 0: none */
     int64_t seed;
+    int data_order; /* DataOrder */
 
     int acp; /* AcpMode of backend.h */
     double log_tolerance;
@@ -46,6 +48,7 @@ typedef struct Options {
     int64_t checkpoint_every; /* 0: at the end only */
     int64_t keep;             /* 0: all */
 
+    bool eval;           /* nothing but a validation of the checkpoint `model` */
     int64_t val_every;   /* 0: never */
     int64_t val_batches; /* micro-batches, all ranks together; 0: all validation data */
     int64_t pruning_every;
@@ -61,7 +64,7 @@ typedef struct Options {
  * option, what it found and what is allowed. */
 bool options_parse(Options *, int argc, char *const *argv, FoxError *);
 
-/* Decides context, micro_batch, batch_tokens and learning_rate where they are 0, and checks that they fit together:
+/* Decides context, micro_batch, batch_tokens and learning_rate (unless eval) where they are 0, and checks that they fit together:
  * afterwards batch_tokens is a multiple of context * micro_batch * ranks. What was given is kept or is an error, which
  * says a value that would work. preset: NULL when the model is a checkpoint, which has no opinion; the options it
  * leaves open must then be given. */

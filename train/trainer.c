@@ -83,6 +83,9 @@ static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
     if (preset == NULL && !is_directory(o->model)) {
         return fox_fail(err, "-e %s: neither a preset (--help lists them) nor a checkpoint folder", o->model);
     }
+    if (preset != NULL && o->eval) {
+        return fox_fail(err, "--eval needs the folder of a checkpoint: -e FOLDER; found the preset %s", o->model);
+    }
     // How much is validated must not change with the number of ranks, so it is counted in micro-batches of one rank.
     Options alone = *o;
     if (!options_resolve(&alone, preset, 1, err) || !options_resolve(o, preset, t->ranks.size, err)) {
@@ -110,49 +113,68 @@ bool trainer_start(Trainer *t, int *argc, char ***argv, FoxError *err) {
     return ok;
 }
 
-static bool open_shards(Trainer *t, FoxError *err) {
-    Options *o = &t->options;
+static DataSpec data_spec_of(const Trainer *t) {
     DataSpec spec;
     memset(&spec, 0, sizeof spec);
-    spec.T = (int)o->context;
-    spec.B = (int)o->micro_batch;
-    spec.seed = (uint64_t)o->seed;
-    spec.shuffle = true;
-    spec.windows_per_step = o->batch_tokens / o->context;
+    spec.T = (int)t->options.context;
+    spec.B = (int)t->options.micro_batch;
+    spec.seed = (uint64_t)t->options.seed;
     spec.rank = t->ranks.rank;
     spec.size = t->ranks.size;
+    return spec;
+}
+
+static bool open_train_shards(Trainer *t, FoxError *err) {
+    Options *o = &t->options;
+    DataSpec spec = data_spec_of(t);
+    spec.shuffle = o->data_order == ORDER_SHUFFLE;
+    spec.windows_per_step = o->batch_tokens / o->context;
     if (!dataloader_open(&t->train, o->data, DATALOADER_TRAIN_PATTERN, &spec, err)) {
         return false;
     }
     options_resolve_steps(o, t->train.windows);
+    return true;
+}
 
+static bool open_val_shards(Trainer *t, FoxError *err) {
+    const Options *o = &t->options;
     const char *where = o->val_data;
     PathList found;
     if (where[0] == '\0' && is_directory(o->data) && path_list(o->data, DATALOADER_VAL_PATTERN, &found, NULL)) {
         path_list_free(&found);
         where = o->data;
     }
-    if (where[0] == '\0' || o->val_every == 0) {
+    if (o->eval && where[0] == '\0') {
+        return fox_fail(err, "--eval: no validation data: no " DATALOADER_VAL_PATTERN " in -i %s, and no -j", o->data);
+    }
+    if (where[0] == '\0' || (o->val_every == 0 && !o->eval)) {
         return true;
     }
-    spec.shuffle = false;
-    spec.windows_per_step = 0;
+    DataSpec spec = data_spec_of(t);
     spec.max_windows = t->val_windows;
     if (!dataloader_open(&t->val, where, DATALOADER_VAL_PATTERN, &spec, err)) {
         return false;
     }
-    if (t->val.vocab_size != t->train.vocab_size) {
+    if (t->train.shards != NULL && t->val.vocab_size != t->train.vocab_size) {
         return fox_fail(err, "validation data has a vocabulary of %d tokens, training data of %d; expected the same",
                         t->val.vocab_size, t->train.vocab_size);
     }
     return true;
 }
 
+static bool open_shards(Trainer *t, FoxError *err) {
+    if ((!t->options.eval && !open_train_shards(t, err)) || !open_val_shards(t, err)) {
+        return false;
+    }
+    t->vocab_size = t->train.shards != NULL ? t->train.vocab_size : t->val.vocab_size;
+    return true;
+}
+
 /* The vocabulary that samples are written in. */
 static bool open_tokenizer(Trainer *t, FoxError *err) {
     const Options *o = &t->options;
-    int V = t->train.vocab_size;
-    if (o->sample_every == 0) {
+    int V = t->vocab_size;
+    if (o->sample_every == 0 || o->eval) {
         return true;
     }
     if (o->vocab[0] == '\0' && V != BYTE_VOCABULARY) {
@@ -181,7 +203,7 @@ bool trainer_open_data(Trainer *t, FoxError *err) {
     if (!ranks_agree(&t->ranks, fox_hash(0, t->settings, strlen(t->settings)))) {
         return everyone(t, fox_fail(err, "the ranks were started with different options; start all with the same command line"), err);
     }
-    uint64_t data = dataloader_hash(&t->train);
+    uint64_t data = t->train.shards != NULL ? dataloader_hash(&t->train) : 0;
     data = t->val.shards != NULL ? fox_hash(data, &t->val.tokens, sizeof t->val.tokens) : data;
     if (!ranks_agree(&t->ranks, data)) {
         return everyone(t, fox_fail(err, "the ranks see different shards in %s; give all the same data", t->options.data), err);
@@ -236,27 +258,27 @@ static bool read_model(Trainer *t, FoxError *err) {
         return false;
     }
     if (preset != NULL) {
-        FoxConfig config = fox_preset_config(preset, t->train.vocab_size);
+        FoxConfig config = fox_preset_config(preset, t->vocab_size);
         if (dir != NULL && !same_config(&config, &t->config)) {
             return fox_fail(err,
                             "%s is not a %s with a vocabulary of %d; resume a run with the -e and data it began with",
-                            dir, o->model, t->train.vocab_size);
+                            dir, o->model, t->vocab_size);
         }
         t->config = config;
     }
     if (!fox_config_check(&t->config, err) || (dir != NULL && !check_weights(dir, &t->config, err))) {
         return false;
     }
-    if (t->train.vocab_size > t->config.vocab_size) {
+    if (t->vocab_size > t->config.vocab_size) {
         return fox_fail(err,
                         "%s: the data has a vocabulary of %d tokens, the model of %d; the data's must not be larger",
-                        dir, t->train.vocab_size, t->config.vocab_size);
+                        dir, t->vocab_size, t->config.vocab_size);
     }
     return true;
 }
 
 bool trainer_open_model(Trainer *t, FoxError *err) {
-    if (!everyone(t, find_run(t, err), err)) {
+    if (!t->options.eval && !everyone(t, find_run(t, err), err)) {
         return false;
     }
     ranks_broadcast(&t->ranks, t->resume_dir, sizeof t->resume_dir);
@@ -276,7 +298,7 @@ static bool check_resumed(const Trainer *t, FoxError *err) {
     if (s->data_hash != dataloader_hash(&t->train) || s->windows != t->train.windows) {
         return fox_fail(
             err,
-            "%s: the run used other shards or another -T (%lld windows, found %lld); resume with the same, or "
+            "%s: the run used other shards or another -T or --data-order (%lld windows, found %lld); resume with the same, or "
             "begin a new run from its weights: -e %s and another -o",
             dir, (long long)s->windows, (long long)t->train.windows, dir);
     }
@@ -297,6 +319,10 @@ static bool fill_backend(Trainer *t, FoxError *err) {
         return checkpoint_load_model(t->resume_dir, b, &t->ranks, err) &&
                checkpoint_load_state(t->resume_dir, b, &t->ranks, &t->state, err) &&
                everyone(t, check_resumed(t, err) && dataloader_seek(&t->train, t->state.next_window, err), err);
+    }
+    if (t->options.eval) {
+        return everyone(t, checkpoint_read_state(t->options.model, &t->state, err), err) &&
+               checkpoint_load_model(t->options.model, b, &t->ranks, err);
     }
     t->state.seed = (uint64_t)t->options.seed;
     t->state.windows = t->train.windows;
@@ -364,6 +390,9 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
     t->step_blocks = FOX_NEW(double, cells);
     t->skipped = FOX_NEW(double, cells);
     t->blocks = FOX_NEW(double, cells);
+    if (o->eval && o->acp != ACP_OFF && t->config.use_forget_gate) {
+        t->ranges = FOX_NEW(int, cells * ((o->context + t->backend.block - 1) / t->backend.block));
+    }
     ranks_resting(&t->ranks); // reading a checkpoint may take long
     if (!fill_backend(t, err)) {
         return false;
@@ -393,6 +422,11 @@ static void print_plan(Trainer *t) {
     Metrics *m = &t->metrics;
     metrics_say(m, "model     %s: %.1fM parameters, vocabulary %d", o->model,
                 1e-6 * (double)t->backend.table.parameters, t->config.vocab_size);
+    if (o->eval) {
+        metrics_say(m, "validates %s, of step %lld, on %lld windows of %lld tokens", o->model, (long long)t->state.step,
+                    (long long)t->val.windows, (long long)o->context);
+        return;
+    }
     metrics_say(m, "data      %lld windows of %lld tokens in %d shard%s; validation: %lld windows",
                 (long long)t->train.windows, (long long)o->context, t->train.shard_count,
                 t->train.shard_count == 1 ? "" : "s", (long long)t->val.windows);
@@ -423,16 +457,20 @@ static void take_signals(void) {
 
 bool trainer_open_output(Trainer *t, FoxError *err) {
     const char *out = t->options.out;
-    bool ok = t->ranks.rank != 0 || (make_directories(out, err) && metrics_open(&t->metrics, out, t->state.step, err));
+    bool eval = t->options.eval;
+    bool ok = t->ranks.rank != 0 || (make_directories(out, err) && (eval ? metrics_open_eval(&t->metrics, out, err)
+                                                                         : metrics_open(&t->metrics, out, t->state.step, err)));
     if (!everyone(t, ok, err)) {
         return false;
     }
-    if (!checkpoint_open(&t->writer, out, &t->backend, &t->ranks, t->settings, err)) {
+    if (!eval && !checkpoint_open(&t->writer, out, &t->backend, &t->ranks, t->settings, err)) {
         return false;
     }
     print_plan(t);
     record_run(t);
-    take_signals();
+    if (!eval) {
+        take_signals();
+    }
     return true;
 }
 
@@ -514,13 +552,12 @@ static AdamW adamw_of_step(const Trainer *t) {
     return a;
 }
 
-/* Fraction of the causal attention blocks that the last step skipped, over all ranks; NAN where none was counted. */
+/* Fraction of the causal attention blocks that were skipped since the last call, over all ranks; NAN where none was counted.
+ * step_skipped and step_blocks get this rank's part. */
 static double count_pruning(Trainer *t) {
     double sums[2] = {0, 0};
     t->backend.pruning(&t->backend, t->step_skipped, t->step_blocks);
     for (int i = 0; i < t->config.num_hidden_layers * t->config.num_heads; i++) {
-        t->skipped[i] += t->step_skipped[i];
-        t->blocks[i] += t->step_blocks[i];
         sums[0] += t->step_skipped[i];
         sums[1] += t->step_blocks[i];
     }
@@ -554,6 +591,10 @@ static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) 
     r.applied = stats->applied;
     r.seconds = fox_now() - t->step_started;
     r.pruned = count_pruning(t);
+    for (int i = 0; i < t->config.num_hidden_layers * t->config.num_heads; i++) {
+        t->skipped[i] += t->step_skipped[i];
+        t->blocks[i] += t->step_blocks[i];
+    }
     r.mfu = (double)NAN; /* unknown */
     if (t->backend.peak_flops > 0) {
         r.mfu = step_flops(t, r.pruned) / (r.seconds * t->backend.peak_flops * t->ranks.size);
@@ -603,10 +644,12 @@ bool trainer_update(Trainer *t, bool ok, FoxError *err) {
 
 /* ---- what is due now and then */
 
-/* This rank's part of a validation: sums[0] += losses, sums[1] += tokens. */
-static bool validate_share(Trainer *t, double sums[2], FoxError *err) {
+/* This rank's part of a validation: sums[0] += losses, sums[1] += tokens; the same by position. The first window of rank 0
+ * leaves its ranges in t->ranges, if they are wanted. */
+static bool validate_share(Trainer *t, double sums[2], PositionBins *bins, FoxError *err) {
     int64_t T = t->options.context;
     float *losses = FOX_NEW(float, t->options.micro_batch * T);
+    t->backend.first_blocks = t->ranges;
     bool ok = dataloader_seek(&t->val, 0, err);
     for (int64_t i = 0; ok && i < t->val.batches_per_step; i++) {
         ranks_working(&t->ranks, t->state.step);
@@ -614,9 +657,13 @@ static bool validate_share(Trainer *t, double sums[2], FoxError *err) {
         int64_t count = ok ? t->val.batch_windows * T : 0;
         if (count > 0) {
             t->backend.evaluate(&t->backend, t->tokens, t->targets, losses);
+            t->backend.first_blocks = NULL;
         }
         for (int64_t k = 0; k < count; k++) {
             sums[0] += losses[k];
+        }
+        for (int64_t k = 0; k < count; k += T) {
+            positions_add(bins, losses + k);
         }
         sums[1] += (double)count;
     }
@@ -630,17 +677,38 @@ bool trainer_validate(Trainer *t, FoxError *err) {
         return true;
     }
     double sums[2] = {0, 0};
-    if (!everyone(t, validate_share(t, sums, err), err)) {
+    PositionBins bins = positions_create(t->options.context);
+    if (!everyone(t, validate_share(t, sums, &bins, err), err)) {
         return false;
     }
     ranks_sum_double(&t->ranks, sums, 2);
-    double loss = sums[0] / sums[1];
+    ranks_sum_double(&t->ranks, bins.losses, bins.count);
+    ranks_sum_double(&t->ranks, bins.tokens, bins.count);
+    double loss = sums[0] / sums[1], pruned = count_pruning(t);
+    metrics_validation(&t->metrics, t->state.step, t->state.tokens, loss, pruned, &bins);
+    if (t->options.eval) {
+        metrics_say(&t->metrics, "step %lld: validation loss %.6f", (long long)t->state.step, loss);
+        return true;
+    }
     if (loss < t->state.best_val_loss || t->state.best_val_loss != t->state.best_val_loss) {
         t->state.best_val_loss = loss;
     }
     metrics_say(&t->metrics, "step %lld: validation loss %.4f (best %.4f)", (long long)t->state.step, loss,
                 t->state.best_val_loss);
-    metrics_validation(&t->metrics, t->state.step, t->state.tokens, loss);
+    return true;
+}
+
+bool trainer_evaluate(Trainer *t, FoxError *err) {
+    int layers = t->config.num_hidden_layers, heads = t->config.num_heads;
+    if (!trainer_validate(t, err)) {
+        return false;
+    }
+    memcpy(t->skipped, t->step_skipped, sizeof(double) * (size_t)(layers * heads));
+    memcpy(t->blocks, t->step_blocks, sizeof(double) * (size_t)(layers * heads));
+    trainer_report_pruning(t);
+    if (t->ranges != NULL) {
+        metrics_ranges(&t->metrics, t->state.step, layers, heads, t->options.context, t->backend.block, t->ranges);
+    }
     return true;
 }
 
@@ -719,6 +787,7 @@ int trainer_close(Trainer *t, bool ok, const FoxError *err) {
     free(t->targets);
     free(t->step_skipped);
     free(t->step_blocks);
+    free(t->ranges);
     free(t->skipped);
     free(t->blocks);
     ranks_finish(&t->ranks);

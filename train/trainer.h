@@ -3,6 +3,7 @@
  *     start:  options -> shards -> model -> back end, weights -> output folder
  *     a step: forward_backward x micro_batches, update, then what is due: validate, report, sample, save
  *     end:    save, hash of the parameters
+ *     --eval: start, a validation, and nothing else
  *
  * A run is a function of its options, its shards and the state in its checkpoint; the number of ranks only decides who
  * computes what. Functions that return bool are collective and return the same on every rank. When one rank fails all
@@ -22,7 +23,8 @@ typedef struct Trainer {
     Options options;
     Ranks ranks;
     Backend backend;
-    DataLoader train, val; /* val.shards == NULL: no validation data */
+    DataLoader train, val; /* val.shards == NULL: no validation data; train.shards == NULL: --eval */
+    int vocab_size;        /* of the shards */
     Tokenizer tokenizer; /* for samples; spans == NULL: none are wanted */
     Metrics metrics;
     TrainState state;
@@ -33,7 +35,8 @@ typedef struct Trainer {
     int64_t val_windows;      /* windows in a validation, over all ranks; 0: all */
     int32_t *tokens, *targets; /* [B, T], the micro-batch at work */
     double step_started;      /* fox_now() when the step at work began; 0 between steps */
-    double *step_skipped, *step_blocks; /* [L, H] attention blocks of the last step, this rank */
+    double *step_skipped, *step_blocks; /* [L, H] attention blocks of the last step or validation, this rank */
+    int *ranges;              /* [L, H, blocks] that --eval finds in the first window; NULL: not wanted */
     double *skipped, *blocks; /* [L, H], since the last pruning report */
     CheckpointWriter writer;  /* backend NULL: not open yet */
     int64_t saved_step;       /* step of the newest whole checkpoint; -1: none yet */
@@ -71,6 +74,9 @@ bool trainer_due(const Trainer *, int64_t every);
 
 /* Mean loss over the first --val-batches of the validation shards, the same windows whatever the number of ranks. */
 bool trainer_validate(Trainer *, FoxError *);
+
+/* What --eval asks for: the same, and what was pruned there, into eval.jsonl. */
+bool trainer_evaluate(Trainer *, FoxError *);
 
 /* Writes the pruned fraction by layer and head since the last report to metrics.jsonl. */
 void trainer_report_pruning(Trainer *);
