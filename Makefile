@@ -109,9 +109,10 @@ endif
 KERNELS  := $(if $(USE_CUDA),$(patsubst %.cu,$(BUILD)/%.o,$(wildcard cuda/*.cu)))
 LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c $(if $(USE_CUDA),cuda/*.c))) $(KERNELS)
 TESTS    := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
-PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox)
+PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox $(if $(USE_NCCL),nccl_bandwidth))
 FUZZERS  := $(patsubst fuzz/%.c,$(BUILD)/%,$(wildcard fuzz/fuzz_*.c))
 OBJECTS  := $(LIBRARY) $(TESTS) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD)/scripts/make_shards.o \
+            $(BUILD)/scripts/nccl_bandwidth.o \
             $(patsubst %.c,$(BUILD)/%.o,$(wildcard fuzz/fuzz_*.c))
 
 .PHONY: all test demo bench clean help fuzz fuzz-run fuzzers
@@ -120,6 +121,7 @@ all: $(PROGRAMS)
 
 $(BIN)train_fox:   $(BUILD)/train_fox.o
 $(BIN)make_shards: $(BUILD)/scripts/make_shards.o
+$(BIN)nccl_bandwidth: $(BUILD)/scripts/nccl_bandwidth.o
 $(BIN)test_fox:    $(BUILD)/test_fox.o $(TESTS)
 $(FUZZERS): $(BUILD)/%: $(BUILD)/fuzz/%.o
 $(PROGRAMS) $(FUZZERS): $(BUILD)/libfox.a
@@ -160,7 +162,7 @@ fuzz-run: fuzz
 	        -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f; done
 
 clean:
-	rm -rf build demo train_fox make_shards test_fox
+	rm -rf build demo train_fox make_shards test_fox nccl_bandwidth
 
 help:
 	@echo 'make            train_fox, make_shards, test_fox; prints what was found and what is built'

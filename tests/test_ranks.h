@@ -18,10 +18,13 @@ typedef struct RankFixture {
     char launch[600];           /* scripts/launch.sh, absolute */
     const char *launchers[2];   /* beginnings of a command; the number of ranks follows */
     int count;
+    int ranks; /* of the runs that are disturbed */
 } RankFixture;
 
-static bool ranks_fixture_create(Tests *t, RankFixture *f) {
+static bool ranks_fixture_create(Tests *t, RankFixture *f, int ranks, bool gpu) {
     memset(f, 0, sizeof *f);
+    f->ranks = ranks;
+    f->run.gpu = gpu;
     char *script = realpath("scripts/launch.sh", NULL);
     if (!check(t, script != NULL, "scripts/launch.sh is there") || !run_fixture_create(t, &f->run)) {
         free(script);
@@ -240,12 +243,12 @@ static void ranks_check_gone(Tests *t, const char *what, const pid_t *processes,
 
 #define RANKS_LONG "-x 400 -n 4 -b 1 -l 1e-3 --hang-timeout 3" /* of steps that take some milliseconds */
 
-/* Goes on from what a lost run left, to its end: nothing is missing. */
+/* Goes on from what a lost run left, to its end: nothing is missing. hash: NULL where two runs may differ. */
 static void ranks_check_rest(Tests *t, const RankFixture *f, const char *what, const char *hash) {
     char found[20];
-    run_expect(t, &f->run, what, ranks_run(f, 0, 4, "lost", RANKS_LONG " -y"), 0);
+    run_expect(t, &f->run, what, ranks_run(f, 0, f->ranks, "lost", RANKS_LONG " -y"), 0);
     run_hash(&f->run, found);
-    check(t, strcmp(hash, found) == 0, "%s, then resumed: hash %s, expected %s", what, found, hash);
+    check(t, hash == NULL || strcmp(hash, found) == 0, "%s, then resumed: hash %s, expected %s", what, found, hash ? hash : "any");
     run_remove(&f->run, "lost");
 }
 
@@ -281,11 +284,11 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     pid_t processes[RANKS_MAX] = {0};
     char what[100], name[32], dir[600], path[1024];
     FoxError err = {{0}};
-    snprintf(what, sizeof what, "rank %d of 4 %s (%s)", victim, names[loss], ranks_launcher(launcher));
+    snprintf(what, sizeof what, "rank %d of %d %s (%s)", victim, f->ranks, names[loss], ranks_launcher(launcher));
     snprintf(name, sizeof name, "error: rank %d (", victim);
     /* while a checkpoint is written more time passes before a pause is a hang: hang where none is */
     bool hang = loss == LOSS_HANG;
-    pid_t child = ranks_start(t, f, launcher, 4, "lost", hang ? RANKS_LONG " -n 150" : RANKS_LONG, hang ? 151 : 12, processes);
+    pid_t child = ranks_start(t, f, launcher, f->ranks, "lost", hang ? RANKS_LONG " -n 150" : RANKS_LONG, hang ? 151 : 12, processes);
     double start = fox_now();
     if (loss == LOSS_HANG && !ranks_hang(processes[victim])) {
         printf("ranks: a main thread that hangs is skipped: no ptrace here (%s)\n", strerror(errno));
@@ -304,7 +307,7 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     check(t, strstr(text, name) != NULL && strstr(text, words[loss]) != NULL && strstr(text, " in step ") != NULL,
           "%s: a line with rank, host and step, found: %s", what, text);
     free(text);
-    ranks_check_gone(t, what, processes, 4);
+    ranks_check_gone(t, what, processes, f->ranks);
     snprintf(dir, sizeof dir, "%s/lost", f->run.root);
     check(t, checkpoint_latest(dir, path, &err), "%s: the last checkpoint is whole, found %s %s", what, path, err.text);
     printf("ranks: %s: all ended after %.1f s\n", what, seconds);
@@ -373,10 +376,10 @@ static void ranks_signal(Tests *t, const RankFixture *f, int launcher, int victi
     RunLog log;
     FoxError err = {{0}};
     snprintf(what, sizeof what, "signal %d to %s (%s)", number, victim >= 0 ? "a rank" : "the launcher", ranks_launcher(launcher));
-    pid_t child = ranks_start(t, f, launcher, 4, "lost", RANKS_LONG, 12, processes);
+    pid_t child = ranks_start(t, f, launcher, f->ranks, "lost", RANKS_LONG, 12, processes);
     kill(victim >= 0 ? processes[victim] : child, number);
     run_expect(t, &f->run, what, run_wait(child), expected);
-    ranks_check_gone(t, what, processes, 4);
+    ranks_check_gone(t, what, processes, f->ranks);
     run_read_log(&f->run, "lost", &log);
     snprintf(dir, sizeof dir, "%s/lost", f->run.root);
     bool saved = checkpoint_latest(dir, path, &err);
@@ -506,7 +509,7 @@ static void test_ranks(Tests *t) {
     RankFixture f;
     char hash[20];
     test_ranks_partition(t);
-    if (!ranks_fixture_create(t, &f)) {
+    if (!ranks_fixture_create(t, &f, 4, false)) {
         return;
     }
     test_ranks_same(t, &f);
@@ -520,5 +523,66 @@ static void test_ranks(Tests *t) {
     test_ranks_loss(t, &f, hash);
     test_ranks_kills(t, &f);
 }
+
+#ifdef FOX_CUDA
+#include <cuda_runtime_api.h>
+
+/* On two GPUs: the losses of one; -z 0 and -z 1, and each again, end with the same bits (of two numbers there is one sum);
+ * checkpoints go from 1 to 2 and back; more ranks than GPUs are refused; losses of ranks as above. */
+static void test_cuda_ranks(Tests *t) {
+    static const char *const zero[] = {"-z 0", "-z 1", "-z 1", "-z 1 --grad-dtype bf16"};
+    RankFixture f;
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices < 2) {
+        printf("ranks on GPUs: %d GPUs here, two are needed: not tested\n", devices);
+        return;
+    }
+    if (!ranks_fixture_create(t, &f, 2, true)) {
+        return;
+    }
+    char command[8192], more[200], what[100], hash[20], first[20] = "";
+    RunLog one, log;
+    const char *options = "-x 20 -n 0 -b 1 -l 1e-3 --device cuda --deterministic";
+    run_train_command(&f.run, "one", options, command);
+    run_expect(t, &f.run, "one GPU", run_command(&f.run, command), 0);
+    run_read_log(&f.run, "one", &one);
+    for (int i = 0; i < 4; i++) {
+        snprintf(what, sizeof what, "2 GPUs, %s, against one", zero[i]);
+        snprintf(more, sizeof more, "%s %s", options, zero[i]);
+        run_expect(t, &f.run, what, ranks_run(&f, i % f.count, 2, "many", more), 0);
+        run_hash(&f.run, hash);
+        run_read_log(&f.run, "many", &log);
+        run_compare_logs(t, what, &one, &log, 20, 5e-3);
+        check(t, strlen(hash) == 16 && (i == 0 || i == 3 || strcmp(first, hash) == 0), "%s: hash %s, other runs had %s", what, hash, first);
+        snprintf(first, sizeof first, "%s", i < 3 ? hash : first);
+        run_remove(&f.run, "many");
+    }
+    for (int i = 0; i < 3; i++) { // 5 steps each on 1, 2 and 1 GPUs
+        char dir[700];
+        run_train_command(&f.run, "reshard", "-x 20 -n 5 -b 1 -l 1e-3 --device cuda --deterministic -y", command);
+        int code = i != 1 ? run_command(&f.run, command)
+                          : ranks_run(&f, 0, 2, "reshard", "-x 20 -n 5 -b 1 -l 1e-3 --device cuda --deterministic -y");
+        run_expect(t, &f.run, "one of 1, 2, 1 GPUs", code, 0);
+        for (int step = 5 * (i + 2); i < 2 && step <= 20; step += 5) {
+            snprintf(dir, sizeof dir, "%s/reshard/step_%08d", f.run.root, step);
+            check(t, remove_directory(dir), "%s can be removed", dir);
+        }
+    }
+    run_read_log(&f.run, "reshard", &log);
+    run_compare_logs(t, "1, 2, 1 GPUs against one", &one, &log, 20, 5e-3);
+
+    snprintf(more, sizeof more, "-x 2 -b 1 --device cuda -d %d", 16 * (devices + 1));
+    int code = ranks_run(&f, 0, devices + 1, "crowd", more);
+    char *text = run_output(&f.run, "stderr");
+    check(t, code == 1 && run_count(text, "train_fox: error: ") == 1 && strstr(text, "the same GPU as rank 0") != NULL,
+          "%d ranks on %d GPUs: one line, found code %d: %s", devices + 1, devices, code, text);
+    free(text);
+
+    ranks_lose(t, &f, 0, 1, LOSS_KILL, NULL);
+    ranks_lose(t, &f, 0, 0, LOSS_KILL, NULL);
+    ranks_lose(t, &f, 0, 1, LOSS_STOP, NULL);
+    ranks_lose(t, &f, 0, 1, LOSS_HANG, NULL);
+}
+#endif
 
 #endif

@@ -72,8 +72,8 @@ static const Option table[] = {
      "seconds without a sign of life; 0: never ends a run"},
 
     {"Checkpoints", 'y', "resume", OPTION_BOOL, FIELD(resume), "0", "1", "0", "go on from the newest checkpoint in -o"},
-    {NULL, 'n', "checkpoint-every", OPTION_INT, FIELD(checkpoint_every), "0", MAX_COUNT, "1000",
-     "steps between checkpoints; 0: at the end only"},
+    {NULL, 'n', "checkpoint-every", OPTION_INT, FIELD(checkpoint_every), "-1", MAX_COUNT, "1000",
+     "steps between checkpoints; 0: at the end; -1: none"},
     {NULL, 0, "keep", OPTION_INT, FIELD(keep), "0", "1000000", "3", "newest checkpoints to keep; 0: all"},
 
     {"Reports", 0, "eval", OPTION_BOOL, FIELD(eval), "0", "1", "0",

@@ -45,7 +45,7 @@ typedef struct Options {
     int64_t hang_timeout; /* seconds; 0: never */
 
     bool resume;
-    int64_t checkpoint_every; /* 0: at the end only */
+    int64_t checkpoint_every; /* 0: at the end only; -1: none at all */
     int64_t keep;             /* 0: all */
 
     bool eval;           /* nothing but a validation of the checkpoint `model` */

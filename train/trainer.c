@@ -463,7 +463,8 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
     if (!everyone(t, ok, err)) {
         return false;
     }
-    if (!eval && !checkpoint_open(&t->writer, out, &t->backend, &t->ranks, t->settings, err)) {
+    if (!eval && t->options.checkpoint_every >= 0 &&
+        !checkpoint_open(&t->writer, out, &t->backend, &t->ranks, t->settings, err)) {
         return false;
     }
     print_plan(t);
@@ -741,7 +742,7 @@ void trainer_sample(Trainer *t) {
 static bool save_the_end(Trainer *t, FoxError *err) {
     ranks_resting(&t->ranks);
     attend_save(t, true);
-    if (t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
+    if (t->writer.backend == NULL || t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
         return true;
     }
     return checkpoint_begin(&t->writer, &t->state, err) && finish_save(t, err);

@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# What must hold for training on several GPUs of one machine, part by part. From the repository root, after make:
+#
+#   dev/check_ranks_gpu.sh                          bandwidth tests curves reshard loss memory stall
+#   N=4 dev/check_ranks_gpu.sh curves memory        four GPUs (2), chosen parts
+#
+#   bandwidth   NCCL's bus bandwidth by size (nccl_bandwidth)
+#   tests       test_fox --only cuda_ranks: whole runs of a small model
+#   curves      125M, 100 steps of 65,536 tokens on 1 and on N GPUs, -z 1 and -z 0: losses within 2e-3 at every step, last
+#               validation within 1e-3
+#   reshard     125M, 20 steps each on 1, N and 1 GPUs, against 60 on one: the same bounds
+#   loss        125M on N GPUs: a rank killed, a rank stopped, SIGTERM; all end within 60 s, the last checkpoint goes on
+#   memory      760M on N GPUs, -z 1 and -z 0: the table against what the runtime says, within 3%
+#   stall       760M on N GPUs: a checkpoint during training costs less than 1 s; a kill while one is written leaves the one before
+#
+# LAUNCH: what starts N ranks (scripts/launch.sh). Output below build/ranks/. Exit code 1 when something failed.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+. scripts/scaling_lib.sh
+n=${N:-2}
+dir=build/ranks
+failed=0
+mkdir -p $dir
+
+verdict() { # ok? TEXT
+    if [ "$1" = 1 ]; then echo "ok      $2"; else echo "FAILED  $2"; failed=1; fi
+}
+
+# train GPUS OUT MODEL OPTIONS...: its output goes to build/ranks/OUT.log
+train() {
+    local gpus=$1 out=$2 model=$3 code
+    shift 3
+    launch "$gpus" ./train_fox -i $dir/data -o "$dir/$out" -e "$model" "$@" >"$dir/$out.log" 2>&1
+    code=$?
+    [ $code = 0 ] || { echo "$out on $gpus GPUs: code $code; $(tail -n 2 "$dir/$out.log")"; }
+    return $code
+}
+
+# Largest difference of a key between two runs, over the steps both have; "none" where they have none.
+difference() { # KIND KEY A B
+    for file in "$3" "$4"; do
+        grep "\"kind\": \"$1\"" "$dir/$file/metrics.jsonl" | sed "s/.*\"step\": \([0-9]*\).*\"$2\": \([-0-9.e]*\).*/\1 \2/" >"$dir/$file.$1"
+    done
+    awk 'NR == FNR { a[$1] = $2; next } $1 in a { d = a[$1] - $2; d = d < 0 ? -d : d; if (d > worst) worst = d; seen++ }
+        END { print seen ? worst + 0 : "none" }' "$dir/$3.$1" "$dir/$4.$1"
+}
+
+within() { # VALUE BOUND
+    awk -v v="$1" -v b="$2" 'BEGIN { print (v != "none" && v <= b) ? 1 : 0 }'
+}
+
+# compare A B: losses and validations of two runs
+compare() {
+    local loss val
+    loss=$(difference step loss "$1" "$2")
+    val=$(difference validation loss "$1" "$2")
+    verdict "$(within "$loss" 2e-3)" "$1 against $2: losses within $loss (2e-3)"
+    verdict "$(within "$val" 1e-3)" "$1 against $2: validations within $val (1e-3)"
+}
+
+small="-T 4096 -b 4 -d 65536 --val-batches 16 --keep 0"
+
+part_bandwidth() {
+    launch "$n" ./nccl_bandwidth
+    verdict $((! $?)) 'NCCL gives right sums'
+}
+
+part_tests() {
+    ./test_fox --only cuda_ranks | tail -n 30
+    verdict $((! PIPESTATUS[0])) 'test_fox --only cuda_ranks'
+}
+
+part_curves() {
+    rm -rf $dir/one $dir/many* 
+    train 1 one fox-pro-125m $small -x 100 -v 50 -n -1
+    train "$n" many_z1 fox-pro-125m $small -x 100 -v 50 -n -1 -z 1
+    train "$n" many_z0 fox-pro-125m $small -x 100 -v 50 -n -1 -z 0
+    train "$n" many_bf16 fox-pro-125m $small -x 100 -v 50 -n -1 -z 1 --grad-dtype bf16
+    for run in many_z1 many_z0 many_bf16; do
+        compare one $run
+        echo "        $run: median ms, tokens/s, exchange ms, exposed ms, GB, bus GB/s, GiB, pruned: $(step_medians $dir/$run/metrics.jsonl 3)"
+    done
+    echo "        one: $(step_medians $dir/one/metrics.jsonl 3)"
+}
+
+part_reshard() {
+    rm -rf $dir/straight $dir/reshard
+    train 1 straight fox-pro-125m $small -x 60 -v 20 -n -1
+    for run in "1 20" "$n 40" "1 60"; do
+        set -- $run
+        train "$1" reshard fox-pro-125m $small -x 60 -v 20 -n 20 -y || true
+        for step in 40 60; do # the schedule is of 60 steps: drop what came too early
+            [ $step -le "$2" ] || rm -rf $dir/reshard/step_000000$step
+        done
+    done
+    compare straight reshard
+    verdict "$(grep -c '"kind": "run"' $dir/reshard/metrics.jsonl | grep -cx 3)" "three starts: 1, $n, 1 GPUs"
+}
+
+# lose SIGNAL WORDS: a run, one rank of which gets a signal; with WORDS it must fail and name the rank
+lose() {
+    local start seconds code pid victim
+    rm -rf $dir/lost
+    launch "$n" ./train_fox -i $dir/data -o $dir/lost -e fox-pro-125m $small -x 100000 -n 20 -v 0 >$dir/lost.log 2>&1 &
+    pid=$!
+    for ((i = 0; i < 900; i++)); do
+        [ -e $dir/lost/step_00000020 ] && break
+        sleep 0.1
+    done
+    victim=$(for p in $(pgrep -x train_fox); do tr '\0' '\n' <"/proc/$p/environ" | grep -qE "^(OMPI_COMM_WORLD_)?RANK=$((n - 1))$" && echo "$p"; done)
+    start=$SECONDS
+    kill -s "$1" $victim
+    wait $pid
+    code=$?
+    seconds=$((SECONDS - start))
+    if [ -n "$2" ]; then
+        verdict "$([ $code != 0 ] && [ $seconds -le 60 ] && grep -q "rank $((n - 1)) (.*$2.* in step" $dir/lost.log && echo 1 || echo 0)" \
+            "SIG$1 to rank $((n - 1)): code $code after $seconds s: $(grep 'train_fox: error' $dir/lost.log | head -n 1)"
+    else
+        verdict "$([ $code = 0 ] && grep -q 'stopped at step' $dir/lost.log && echo 1 || echo 0)" \
+            "SIG$1 to rank $((n - 1)): code $code after $seconds s: $(tail -n 1 $dir/lost.log)"
+    fi
+    sleep 1
+    verdict "$([ -z "$(pgrep -x train_fox)" ] && echo 1 || echo 0)" 'no process is left'
+    local newest
+    newest=$(ls $dir/lost | sed -n 's/^step_0*//p' | tail -n 1)
+    train "$n" lost fox-pro-125m $small -x $((newest + 3)) -n -1 -v 0 -y
+    verdict $((! $?)) "goes on from step $newest"
+}
+
+part_loss() {
+    lose KILL lost
+    lose STOP silent
+    lose TERM ''
+}
+
+part_memory() {
+    local table measured tables='' measures=''
+    for zero in 1 0; do
+        rm -rf $dir/memory_z$zero
+        train "$n" memory_z$zero fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 4 -v 0 -n -1 -z $zero
+        table=$(sed -n 's/^ *\([0-9.]*\) MiB   in all.*/\1/p' $dir/memory_z$zero.log)
+        measured=$(step_field $dir/memory_z$zero/metrics.jsonl gpu_mem_bytes 2 | median | awk '{ print $1 / 1048576 }')
+        grep -E 'MiB' $dir/memory_z$zero.log
+        verdict "$(awk -v t="${table:-0}" -v m="$measured" 'BEGIN { d = m / t - 1; print (d < 0.03 && d > -0.03) ? 1 : 0 }' 2>/dev/null)" \
+            "-z $zero: the table says $table MiB, the runtime $measured MiB"
+        tables="$tables ${table:-0}"
+        measures="$measures $measured"
+    done
+    # what is shared: 8 bytes of moments a parameter, and 4 of master weights beyond vectors and embeddings
+    echo "$measures $tables" | awk '{ printf "        -z 1 takes %.1f MiB less than -z 0; by the tables %.1f MiB\n", $2 - $1, $4 - $3 }'
+}
+
+part_stall() {
+    local stall
+    rm -rf $dir/stall
+    train "$n" stall fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 14 -v 0 -n 6 --keep 1
+    grep '"kind": "checkpoint"' $dir/stall/metrics.jsonl
+    # those in the middle of the run: the last one is waited for
+    stall=$(grep '"kind": "checkpoint"' $dir/stall/metrics.jsonl | head -n 1 | sed 's/.*"stall_ms": \([0-9.]*\).*/\1/')
+    verdict "$(within "${stall:-none}" 1000)" "checkpoint of 760M: training waited $stall ms"
+    echo "        step_ms: $(step_field $dir/stall/metrics.jsonl step_ms 0 | tr '\n' ' ')"
+    launch "$n" ./train_fox -i $dir/data -o $dir/stall -e fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 1000 -v 0 -n 3 --keep 1 -y \
+        >$dir/stall_kill.log 2>&1 &
+    local pid=$!
+    for ((i = 0; i < 1500; i++)); do
+        compgen -G "$dir/stall/tmp_step_*" >/dev/null && break
+        sleep 0.05
+    done
+    sleep 0.3
+    local during
+    during=$(ls $dir/stall | grep -c '^tmp_step_')
+    kill -KILL $(pgrep -x train_fox)
+    wait $pid
+    verdict "$([ "$during" = 1 ] && [ -e $dir/stall/step_00000014/state.json ] && echo 1 || echo 0)" \
+        "killed while a checkpoint was written: $(ls $dir/stall | grep step_ | tr '\n' ' ')"
+    rm -rf $dir/stall
+}
+
+for part in ${*:-bandwidth tests curves reshard loss memory stall}; do
+    case $part in
+    bandwidth | tests) ;;
+    curves | reshard | loss | memory | stall) make_data $dir/data ;;
+    *) echo "no part '$part'; see the head of $0"; exit 1 ;;
+    esac
+    echo "== $part"
+    start=$SECONDS
+    "part_$part"
+    echo "   $part: $((SECONDS - start)) s"
+done
+exit $failed
