@@ -51,12 +51,17 @@ def shard_paths(where, pattern="*train*.bin"):
 def open_shard(path):
     """The tokens of a shard (uint16, mapped) and its vocabulary size."""
     header = np.fromfile(path, dtype="<i4", count=4)
-    if len(header) < 4 or header[0] != MAGIC or header[1] != 1:
+    if len(header) < 4 or header[0] != MAGIC or header[1] not in (1, 2):
         raise SystemExit(f"{path}: not a token shard")
     if os.path.getsize(path) != HEADER_BYTES + 2 * int(header[2]):
         raise SystemExit(f"{path}: the header says {header[2]} tokens, the size of the file does not")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(int(header[2]),))
     return tokens, int(header[3]) or DEFAULT_VOCAB
+
+
+def window_stride(path, T):
+    """Tokens from window to window: T, or T + 1 in a shard of windows that share nothing."""
+    return T + (np.fromfile(path, dtype="<i4", count=2)[1] == 2)
 
 
 def write_shard(path, tokens, vocab_size):
@@ -71,7 +76,7 @@ def first_windows(where, T, count):
     windows, vocab_size = [], None
     for path in shard_paths(where):
         tokens, vocab_size = open_shard(path)
-        for start in range(0, len(tokens) - T, T):
+        for start in range(0, len(tokens) - T, window_stride(path, T)):
             if len(windows) < count:
                 windows.append(np.array(tokens[start:start + T + 1], dtype=np.int64))
     if len(windows) < count:
