@@ -58,7 +58,7 @@ define FOUND
 compiler  $(CC_VERSION)
 OpenMP    $(if $(OPENMP_FLAGS),yes,$(if $(filter 0,$(OPENMP)),switched off,not found): one thread)
 MPI       $(if $(MPI_FLAGS),$(MPICC): mpirun starts several ranks,$(if $(filter 0,$(MPI)),switched off,Open MPI not \
-found): one rank)
+found): scripts/launch.sh starts several ranks)
 CUDA      $(or $(NVCC),nvcc not found)
 NCCL      $(if $(USE_NCCL),$(NCCL_LIBRARY): several GPUs,$(if $(filter 0,$(NCCL)),switched off,$(if $(and $(NCCL_HEADER),$(NCCL_LIBRARY)),\
 not used without CUDA,nccl.h or libnccl not found)): one GPU)

@@ -289,7 +289,12 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     /* while a checkpoint is written more time passes before a pause is a hang: hang where none is */
     bool hang = loss == LOSS_HANG;
     pid_t child = ranks_start(t, f, launcher, f->ranks, "lost", hang ? RANKS_LONG " -n 150" : RANKS_LONG, hang ? 151 : 12, processes);
-    double start = fox_now();
+    snprintf(dir, sizeof dir, "%s/lost", f->run.root);
+    double start = fox_now(); // a checkpoint is whole some steps after its own
+    while (!checkpoint_latest(dir, path, NULL) && fox_now() < start + 20) {
+        run_sleep(0.005);
+    }
+    start = fox_now();
     if (loss == LOSS_HANG && !ranks_hang(processes[victim])) {
         printf("ranks: a main thread that hangs is skipped: no ptrace here (%s)\n", strerror(errno));
         kill(child, SIGTERM);
@@ -308,7 +313,6 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
           "%s: a line with rank, host and step, found: %s", what, text);
     free(text);
     ranks_check_gone(t, what, processes, f->ranks);
-    snprintf(dir, sizeof dir, "%s/lost", f->run.root);
     check(t, checkpoint_latest(dir, path, &err), "%s: the last checkpoint is whole, found %s %s", what, path, err.text);
     printf("ranks: %s: all ended after %.1f s\n", what, seconds);
     ranks_check_rest(t, f, what, hash);
