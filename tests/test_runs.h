@@ -646,7 +646,7 @@ static const struct {
     {"log tolerance below", "--log-tolerance -101", "-100..-0.1"},
     {"unknown device", "--device tpu", "auto|cuda|cpu"},
     {"recompute above", "-r 3", "0..2"},
-    {"checkpoint-every below", "-n -1", "0.."},
+    {"checkpoint-every below", "-n -2", "-1.."},
     {"keep below", "--keep -1", "--keep"},
     {"val-every below", "-v -1", "0.."},
     {"val-batches below", "--val-batches -1", "--val-batches"},
