@@ -15,6 +15,8 @@ of a vocabulary of 50257. The learning rate is 1e-8, so that the gates stay as t
 over the steps after warm-up, timed on the GPU; `gates` says what the logits really were: the largest difference of a
 head's mean from mu, and the mean deviation.
 
+--start FOLDER takes FOLDER/checkpoint and FOLDER/random_train.bin as they are, instead of writing such; --model only names them.
+
 --acp: off, paper (log tolerance -10), and for --ours also tight. --recompute: official: gradient checkpointing of
 every block, ours: -r 2. --keep FOLDER keeps checkpoint and shard, to run more with them by hand. A configuration that
 does not fit in memory is reported as such. The result is one JSON object with a list of runs.
@@ -129,7 +131,7 @@ def describe(name, args, T, acp, times, memory, extra):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", required=True, metavar="DIR", help="clone of the official repository")
-    parser.add_argument("--model", default="fox-pro-125m", choices=sorted(official.PRESETS))
+    parser.add_argument("--model", default="fox-pro-125m", help=f"one of {', '.join(official.PRESETS)}")
     parser.add_argument("-T", "--context", type=int, nargs="+", default=[16384])
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens in a step")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences at a time; 0: the whole step")
@@ -140,14 +142,18 @@ def main():
     parser.add_argument("--ours", metavar="PROGRAM", help="train_fox, to be timed too")
     parser.add_argument("--only-ours", action="store_true", help="leave the official program out")
     parser.add_argument("--keep", metavar="FOLDER", type=pathlib.Path, help="where checkpoint and shard stay")
+    parser.add_argument("--start", metavar="FOLDER", type=pathlib.Path, help="what to start from, already written")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
+    if not args.start and args.model not in official.PRESETS:
+        parser.error(f"--model {args.model}: expected one of {', '.join(official.PRESETS)}")
     code = official.Official(args.official, tuned=True)
-    scratch = args.keep or pathlib.Path(tempfile.mkdtemp(prefix="fox_bench_"))
+    scratch = args.start or args.keep or pathlib.Path(tempfile.mkdtemp(prefix="fox_bench_"))
     scratch.mkdir(parents=True, exist_ok=True)
     runs = []
     try:
-        write_start(code, args.model, scratch, 4 * args.batch_tokens + max(args.context) + 1)
+        if not args.start:
+            write_start(code, args.model, scratch, 4 * args.batch_tokens + max(args.context) + 1)
         for T in args.context:
             micro_batch = args.micro_batch or args.batch_tokens // T
             if args.batch_tokens % (T * micro_batch) != 0:
@@ -167,7 +173,7 @@ def main():
                     measured = bench_ours(args.ours, *shape, acp, args.recompute, args.steps, args.warmup)
                     runs.append(describe("ours", args, T, acp, *measured))
     finally:
-        if not args.keep:
+        if not args.keep and not args.start:
             shutil.rmtree(scratch)
     text = json.dumps(dict(**code.versions(), runs=runs), indent=1) + "\n"
     if args.out:

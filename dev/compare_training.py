@@ -5,8 +5,9 @@
     python3 dev/compare_training.py --data data --out training_more.json off tight paper@2
     python3 dev/compare_training.py --merge training.json training_more.json --out docs/results/training_125m.json
 
-Runs are `official`, `official-off` (the official program with and without ACP), `paper`, `tight`, `off` (ours); `@2`
-trains with seed 2 instead of 1, which changes initial weights and order of the data. All runs of a seed have the
+Runs are `official`, `official-off` (the official program with and without ACP), `paper`, `tight`, `off` (ours) and
+`transformer` (ours, the model --baseline, without forget gates); `@2` trains with seed 2 instead of 1, which changes
+initial weights and order of the data. All runs of a seed have the
 same initial weights (written by train_fox, a function of the seed alone), see the same windows at every step (see
 dev/train_official.py), and are validated on the same windows at the same steps. Defaults: FoX (Pro) 125M, T = 16384,
 640 steps of 65536 tokens, AdamW with a peak rate of 1e-3, 32 steps of warm-up and a cosine to 0.
@@ -14,7 +15,9 @@ dev/train_official.py), and are validated on the same windows at the same steps.
 --out holds every run's curves; --merge takes over the runs of earlier files, so that parts can be made at different
 times. The table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and
 from `off` of the same seed (or from the first run), and the largest difference of the training losses, as means of 20
-steps, in the second half; tokens/s of the median step; skipped fraction of the attention blocks at the end.
+steps, in the second half; tokens/s of the median step; skipped fraction of the attention blocks at the end. Below it,
+how far the last validations of runs are apart that differ by their seed only. --keep FOLDER keeps the folder of each
+run of ours, with its last checkpoint.
 """
 import argparse
 import json
@@ -36,7 +39,7 @@ LAST = 20  # steps that a training loss is averaged over
 def split_name(name):
     """'paper@2' to ('paper', 2)."""
     kind, _, seed = name.partition("@")
-    if kind not in ("official", "official-off", "paper", "tight", "off") or not (seed or "1").isdigit():
+    if kind not in ("official", "official-off", "paper", "tight", "off", "transformer") or not (seed or "1").isdigit():
         raise SystemExit(f"{name}: no run of this name; --help lists them")
     return kind, int(seed or 1)
 
@@ -49,11 +52,11 @@ def recipe(args, seed):
             "--val-batches", args.val_sequences // args.micro_batch, "--pruning-every", args.val_every, "--seed", seed]
 
 
-def initial_weights(args, seed, scratch):
+def initial_weights(args, model, seed, scratch):
     """A checkpoint folder with the weights that train_fox starts from with this seed."""
-    out = scratch / f"init_{seed}"
+    out = scratch / f"init_{model}_{seed}"
     if not out.exists():
-        official.run_ours(args.train_fox, args.model, args.data, out, "-T", 64, "-b", 1, "-d", 64, "-x", 1, "-v", 0,
+        official.run_ours(args.train_fox, model, args.data, out, "-T", 64, "-b", 1, "-d", 64, "-x", 1, "-v", 0,
                           "-l", official.TINY_RATE, "--warmup-tokens", 0, "--pruning-every", 0, "--seed", seed)
     return official.newest_checkpoint(out)
 
@@ -63,10 +66,14 @@ def records_of(path):
 
 
 def run_ours(args, kind, seed, scratch):
-    out = scratch / "run"
-    records = official.run_ours(args.train_fox, initial_weights(args, seed, scratch), args.data, out,
-                                *recipe(args, seed)[2:], "--acp", kind, "--device", args.device)
-    shutil.rmtree(out)
+    baseline = kind == "transformer"
+    weights = initial_weights(args, args.baseline if baseline else args.model, seed, scratch)
+    out = args.keep / f"{kind}@{seed}" if args.keep else scratch / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    records = official.run_ours(args.train_fox, weights, args.data, out, *recipe(args, seed)[2:], "--acp", "off" if baseline else kind,
+                                "--device", args.device, "-n", 0 if args.keep else -1)
+    if not args.keep:
+        shutil.rmtree(out)
     return records
 
 
@@ -74,7 +81,8 @@ def run_official(args, kind, seed, scratch):
     """In a process of its own, so that its memory is free afterwards. Its records come back even if it ends badly."""
     log = pathlib.Path(args.out).with_suffix(f".{kind}.jsonl")
     command = [sys.executable, official.ROOT / "dev" / "train_official.py", "--official", args.official,
-               "--init", initial_weights(args, seed, scratch), "--acp", "off" if kind == "official-off" else "paper",
+               "--init", initial_weights(args, args.model, seed,
+                                         scratch), "--acp", "off" if kind == "official-off" else "paper",
                "--out", log, "--seconds", args.official_seconds, "--", "-e", args.model, *recipe(args, seed)]
     done = subprocess.run(list(map(str, command)))
     if done.returncode != 0:
@@ -100,7 +108,7 @@ def summarize(name, records, plan):
         raise SystemExit(f"{name}: {settings['windows']} windows of data, the plan has {plan.windows}")
     kind, seed = split_name(name)
     run = dict(program=kind.partition("-")[0] if kind.startswith("official") else "ours", seed=seed,
-               acp=kind if not kind.startswith("official") else "off" if kind == "official-off" else "paper",
+               acp=dict(official="paper", transformer="off").get(kind, kind.removeprefix("official-")),
                computed_on=settings["device"], **machine.facts(),
                tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
                train_seconds=sum(r["step_ms"] for r in steps) / 1e3,
@@ -150,6 +158,18 @@ def print_table(runs):
             line = " " * 58
 
 
+def print_seeds(runs):
+    """How far the last validations are apart of runs that differ by their seed."""
+    by_kind = {}
+    for name, run in runs.items():
+        if run["validation"]:
+            by_kind.setdefault(name.partition("@")[0], []).append(run["validation"][-1][1])
+    for kind, losses in by_kind.items():
+        if len(losses) > 1:
+            print(f"{len(losses)} seeds of {kind}: last validations {min(losses):.4f} to {max(losses):.4f}, "
+                  f"apart by {max(losses) - min(losses):.4f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="what to train")
@@ -159,6 +179,7 @@ def main():
                         help="JSON file")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="earlier results")
     parser.add_argument("--model", default="fox-pro-125m", help="preset")
+    parser.add_argument("--baseline", help="preset of `transformer`; by default the one like --model")
     parser.add_argument("-T", "--context", type=int, default=16384)
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in a step")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at a time")
@@ -168,9 +189,11 @@ def main():
     parser.add_argument("--val-every", type=int, default=80, help="steps between validations")
     parser.add_argument("--val-sequences", type=int, default=32)
     parser.add_argument("--official-seconds", type=float, default=1e9, help="the official run ends when they are over")
+    parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="where the folders of our runs stay")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where ours computes")
     parser.add_argument("--train-fox", default=str(official.ROOT / "train_fox"), metavar="PROGRAM")
     args = parser.parse_args()
+    args.baseline = args.baseline or args.model.replace("fox", "transformer", 1)
     names = [(name, *split_name(name)) for name in args.runs]
     if names and not args.data:
         parser.error("--data is needed")
@@ -199,6 +222,7 @@ def main():
         shutil.rmtree(scratch)
     pathlib.Path(args.out).write_text(json.dumps(result) + "\n")
     print_table(result["runs"])
+    print_seeds(result["runs"])
     return 0
 
 

@@ -12,8 +12,10 @@ import json
 import numpy as np
 
 LABELS = {"official": "official PyTorch, ACP", "official-off": "official PyTorch, no pruning",
-          "paper": "fox.c, --acp paper", "tight": "fox.c, --acp tight", "off": "fox.c, --acp off"}
-COLORS = {"official": "black", "official-off": "gray", "paper": "tab:red", "tight": "tab:blue", "off": "tab:green"}
+          "paper": "fox.c, --acp paper", "tight": "fox.c, --acp tight", "off": "fox.c, --acp off",
+          "transformer": "fox.c, Transformer"}
+COLORS = {"official": "black", "official-off": "gray", "paper": "tab:red", "tight": "tab:blue", "off": "tab:green",
+          "transformer": "tab:orange"}
 
 
 def means(values, count):

@@ -46,7 +46,8 @@ class Rows:
             if facts.get(key) != value:
                 raise SystemExit(f"{about}: expected {key} {value}, found {facts.get(key)}")
         if len(facts["shape"]) != 2 or facts["shape"][1] != ROW or facts.get("dimension_separator", ".") != ".":
-            raise SystemExit(f"{about}: expected rows of {ROW} tokens in chunks named r.c, found shape {facts['shape']}")
+            raise SystemExit(
+                f"{about}: expected rows of {ROW} tokens in chunks named r.c, found shape {facts['shape']}")
         self.count = facts["shape"][0]
         self._array = self._place = self._block = None
 
@@ -151,7 +152,8 @@ def open_train(args):
     rows = array.count - array.count % args.batch_rows
     windows = min(int(args.tokens) // args.context, rows * (ROW // args.context))
     if windows == 0:
-        raise SystemExit(f"--tokens {args.tokens:g}: not one window of {args.context} tokens in batches of {args.batch_rows} rows")
+        raise SystemExit(
+            f"--tokens {args.tokens:g}: not one window of {args.context} tokens in batches of {args.batch_rows} rows")
     return Split(array, args.context, rows, windows)
 
 

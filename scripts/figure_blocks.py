@@ -21,7 +21,8 @@ def load(source, layer, head, bound=8.0):
         return figures.first_blocks(c[layer, head], bound), figures.GATES_BLOCK, c.shape[2], "paper's test"
     record = figures.of_kind(source, "ranges")[-1]
     check((len(record["first"]), len(record["first"][0])), layer, head)
-    return np.array(record["first"][layer][head]), record["block"], record["context"], f"--acp {figures.options_of(source)['acp']}"
+    return np.array(record["first"][layer][head]
+                    ), record["block"], record["context"], f"--acp {figures.options_of(source)['acp']}"
 
 
 def check(shape, layer, head):
@@ -39,8 +40,16 @@ def draw(source, layer=0, head=0, bound=8.0):
     figure, axis = pyplot.subplots(figsize=(5, 4.8))
     from matplotlib.colors import ListedColormap
     axis.pcolormesh(edges, edges, state, cmap=ListedColormap(["white", "#e4e4e4", "#4c78a8"]), vmin=0, vmax=2)
-    axis.stairs(edges[1:], edges, orientation="horizontal", baseline=None, color="black", linewidth=1, label="causal edge")
-    axis.stairs(edges[first], edges, orientation="horizontal", baseline=None, color="tab:red", linewidth=1.2, label="pruned edge")
+    axis.stairs(edges[1:], edges, orientation="horizontal", baseline=None,
+                color="black", linewidth=1, label="causal edge")
+    axis.stairs(
+    edges[first],
+    edges,
+    orientation="horizontal",
+    baseline=None,
+    color="tab:red",
+    linewidth=1.2,
+     label="pruned edge")
     axis.set_xlim(0, T)
     axis.set_ylim(T, 0)
     axis.set_aspect("equal")

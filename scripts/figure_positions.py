@@ -47,7 +47,8 @@ def main():
     parser = figures.parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--step", type=int, help="the validation of this step; otherwise the last one")
-    parser.add_argument("--trained", type=int, default=0, metavar="T", help="context of training, where it was another one")
+    parser.add_argument("--trained", type=int, default=0, metavar="T",
+                        help="context of training, where it was another one")
     args = parser.parse_args()
     figures.save(draw(args.runs, args.step, args.trained), args.out)
 

@@ -121,7 +121,11 @@ def pyplot():
 
 def parser(doc):
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("-o", "--out", required=True, help="picture to write; its ending says the format: .png, .pdf, .svg")
+    made.add_argument(
+    "-o",
+    "--out",
+    required=True,
+     help="picture to write; its ending says the format: .png, .pdf, .svg")
     return made
 
 

@@ -78,18 +78,21 @@ def check_order(t, folder):
     words = [header_of(path) for path in shards]
     t.equal(len(shards), 4, "shards of 67 windows")
     t.equal(sum(int(w[2]) for w in words), 256 * (T + 1), "tokens in all shards")
-    t.check(all(w[0] == 20240520 and w[1] == 2 and w[3] == 50257 and w[4] == T + 1 and not w[5:].any() for w in words), "headers")
+    t.check(all(w[0] == 20240520 and w[1] == 2 and w[3] == 50257 and w[4]
+            == T + 1 and not w[5:].any() for w in words), "headers")
     t.check(all(path.stat().st_size == 1024 + 2 * w[2] for path, w in zip(shards, words)), "sizes of the files")
     plan, data = plan_of(out, T, 32, 8), tokens_of(70, 0, ROW, 1)
     t.equal(plan.windows, 256, "windows that train_fox finds")
     for step in range(8):
         windows, (inputs, labels) = plan.windows_of_step(step), official_batch(data, T, 32, step)
-        t.check(np.array_equal(windows[:, :-1], inputs) and np.array_equal(windows[:, 1:], labels), f"windows of step {step}")
+        t.check(np.array_equal(windows[:, :-1], inputs)
+                and np.array_equal(windows[:, 1:], labels), f"windows of step {step}")
     held, val = tokens_of(3, 0, ROW, 2), list(plan.validation())
     t.equal(len(val), 12, "windows of the validation")
     for i, window in enumerate(val):
         inputs, labels = official_batch(held, T, 1, i)
-        t.check(np.array_equal(window[:, :-1], inputs) and np.array_equal(window[:, 1:], labels), f"validation window {i}")
+        t.check(np.array_equal(window[:, :-1], inputs)
+                and np.array_equal(window[:, 1:], labels), f"validation window {i}")
 
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in shards}
     shards[1].unlink()
@@ -115,17 +118,21 @@ def check_chunk_rows(t, folder):
     t.equal(int(words[2]), 4160 * (T + 1), "two columns of 2080 windows")
     found = np.fromfile(out / "longcrawl64_train_000000.bin", dtype="<u2", offset=1024).reshape(4160, T + 1)
     t.check((found[:, 0] == BEGIN).all(), "every window begins with 50256")
-    t.check(np.array_equal(found[:2080, 1:], data[:, :T]) and np.array_equal(found[2080:, 1:], data[:, T:]), "rows across chunks")
+    t.check(np.array_equal(found[:2080, 1:], data[:, :T]) and np.array_equal(
+        found[2080:, 1:], data[:, T:]), "rows across chunks")
     run = t.run([ROOT / "train_fox", "-i", out, "-o", folder / "run", "-e", "fox-pro-tiny", "-T", T, "-b", 1, "-d", T, "-x", 1, "-n", 0,
                  "-v", 0, "--data-order", "file", "--device", "cpu"], "a run on them")
     t.check("done at step 1 of 1" in run, f"a run on them: {run[-300:]}")
-    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096 + T], "0.2: this chunk is missing", "a missing chunk")
+    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens",
+            2080 * 4096 + T], "0.2: this chunk is missing", "a missing chunk")
     t.check(not list((folder / "no").glob("*.bin")), "nothing is written for a missing chunk")
-    t.fails([*CONVERT, source, "-o", folder / "no", "--val-tokens", ROW], ".zarray: not there", "an array without its description")
+    t.fails([*CONVERT, source, "-o", folder / "no", "--val-tokens", ROW],
+            ".zarray: not there", "an array without its description")
     names = t.run([*CONVERT, source, "-T", 4096, "--tokens", 2080 * 4096, "--list", "train"], "--list").split()
     t.equal(sorted(names), [f"gs://longcrawl64/train.zarr/{r}.{c}" for r in (0, 1) for c in (0, 1)], "--list")
     (source / "train.zarr" / "1.1").write_bytes(b"")
-    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096], "1.1: this chunk is missing", "an empty chunk")
+    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens",
+            2080 * 4096], "1.1: this chunk is missing", "an empty chunk")
     (source / "train.zarr" / "1.1").write_bytes(b"\x02\x01 nothing that blosc knows")
     t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096], "cannot be read", "a broken chunk")
 
@@ -159,13 +166,15 @@ def check_official(t, source, data, directory):
         setattr(stand_ins["torch.utils.data"], name, type(name, (), {}))
     stand_ins["torch"].LongTensor = stand_ins["torch"].BoolTensor = object
     stand_ins["forgetting_transformer"].__path__ = [str(directory / "src" / "forgetting_transformer")]
-    stand_ins["forgetting_transformer.datamodule"].__path__ = [str(directory / "src" / "forgetting_transformer" / "datamodule")]
+    stand_ins["forgetting_transformer.datamodule"].__path__ = [
+        str(directory / "src" / "forgetting_transformer" / "datamodule")]
     stand_ins["forgetting_transformer.utils"].safe_divide = lambda a, b: a // b
     stand_ins["forgetting_transformer.utils"].check_divisible = lambda a, b: a % b == 0
     sys.modules.update(stand_ins)
     from forgetting_transformer.datamodule import longcrawl64
     longcrawl64.TRAIN_DOC_COUNT, longcrawl64.HELDOUT_DOC_COUNT = 70, 35
-    for split, total, rows, T, batch in (("train", None, 70, 16384, 32), ("heldout", 3 * ROW, 3, 16384, 3), ("train", None, 70, 65536, 8)):
+    for split, total, rows, T, batch in (("train", None, 70, 16384, 32),
+                                         ("heldout", 3 * ROW, 3, 16384, 3), ("train", None, 70, 65536, 8)):
         dataset = longcrawl64.LongCrawlDataset(str(source / f"{split}.zarr"), world_size=1, rank=0, batch_size=batch, batch_len=T,
                                                split=split, total_tokens=total)
         used = data if split == "train" else tokens_of(rows, 0, ROW, 2)
@@ -185,12 +194,14 @@ def check_fineweb(t, folder):
         words = np.zeros(256, dtype="<i4")
         words[:3] = 20240520, 1, size
         (source / name).write_bytes(words.tobytes() + rng.integers(0, 50257, size).astype("<u2").tobytes())
-    script, environment = ["bash", ROOT / "scripts" / "data_fineweb.sh", "-o", out], dict(FINEWEB_URL=f"file://{source}", PATH="/usr/bin:/bin")
+    script, environment = ["bash", ROOT / "scripts" / "data_fineweb.sh",
+        "-o", out], dict(FINEWEB_URL=f"file://{source}", PATH="/usr/bin:/bin")
     out.mkdir()
     whole = (source / "fineweb_train_000001.bin").read_bytes()
     (out / "fineweb_train_000001.bin.part").write_bytes(whole[:3000])
     t.run([*script, "-n", 2], "fineweb", env=environment)
-    t.check(all((out / name).read_bytes() == (source / name).read_bytes() for name in sizes), "the files, one of them continued")
+    t.check(all((out / name).read_bytes() == (source / name).read_bytes()
+            for name in sizes), "the files, one of them continued")
     t.equal(sorted(p.name for p in out.iterdir()), sorted(sizes), "no other files")
     plan = Plan(["-i", str(out), "-e", "fox-pro-tiny", "-T", "512", "-b", "1", "-d", "512", "-x", "4"])
     t.equal((plan.vocab_size, plan.windows), (50257, 9 + 5), "vocabulary and windows that train_fox finds")
@@ -206,7 +217,8 @@ def check_fineweb(t, folder):
     t.fails([*script, "-n", 0], "1..103", "no shards", env=environment)
     (source / "fineweb_train_000002.bin").write_bytes(whole)
     (out / "fineweb_train_000002.bin.part").unlink()
-    t.fails([*script, "-n", 3], "fineweb_train_000003.bin: the download failed", "a file that is not there", env=environment)
+    t.fails([*script, "-n", 3], "fineweb_train_000003.bin: the download failed",
+            "a file that is not there", env=environment)
 
 
 def check_text(t, folder):
@@ -222,7 +234,8 @@ def check_text(t, folder):
     words, tokens = header_of(shard), np.fromfile(shard, dtype="<u2", offset=1024).tolist()
     expected = [x for _, ids in pairs for x in [50256, *ids]]
     t.equal(int(words[3]), 50257, "vocabulary")
-    t.check(len(pairs) > 3 and tokens == expected, f"tokens of {len(pairs)} texts: {len(tokens)}, expected {len(expected)}")
+    t.check(len(pairs) > 3 and tokens == expected,
+     f"tokens of {len(pairs)} texts: {len(tokens)}, expected {len(expected)}")
     t.fails(["bash", ROOT / "scripts" / "data_text.sh"], "no text given", "no text")
     t.fails(["bash", ROOT / "scripts" / "data_text.sh", text, "--vocab", folder / "none"], "not there", "no vocabulary")
 

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Does pruning cost quality? FoX (Pro) 125M at T = 16384 without pruning, with both kinds, and a Transformer (Pro) beside them, on
+# the same tokens in the same order from the same initial weights (the Transformer has its own); one setting with two seeds, whose
+# difference is the noise.
+#
+#   scripts/run_quality_125m.sh data/fineweb              all runs, then the table and the picture
+#   RUNS="off paper" scripts/run_quality_125m.sh data     these; what is done already is not done again
+#
+#   model    fox-pro-125m, transformer-pro-125m
+#   tokens   $TOKENS (100e6) a run: 762 steps of 131,072; about 1e17 floating-point operations each
+#   recipe   AdamW, peak rate 3e-4, 32 steps of warm-up, cosine to 0. Where the rate is much larger, runs that differ in rounding
+#            alone drift apart as much as seeds do
+#   time     tokens / (tokens/s of the machine); an H100 has measured 160,000 (off) to 265,000 tokens/s (paper) with the portable
+#            kernels, so 6 to 11 minutes a run
+#
+# Needs a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass (scripts/data_*.sh, .py). Results:
+# $OUT.json, $OUT.txt, $OUT.png (build/quality_125m). $KEEP (build/quality_125m): every run's folder with metrics.jsonl and its last
+# checkpoint, for scripts/figure_*.py and `scripts/throughput_table.sh --checkpoint`. Further options go to dev/compare_training.py.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+fail() {
+    echo "run_quality_125m.sh: error: $*" >&2
+    exit 1
+}
+[ $# -gt 0 ] || fail 'no data; usage: scripts/run_quality_125m.sh FOLDER_OF_SHARDS [options of dev/compare_training.py]'
+data=$1
+shift
+out=${OUT:-build/quality_125m}
+keep=${KEEP:-build/quality_125m}
+python=${PYTHON:-python3}
+[ -d "$data" ] || fail "$data: no folder there; scripts/data_fineweb.sh makes one"
+command -v "$python" >/dev/null || fail "$python is missing; PYTHON names another one"
+"$python" -c 'import numpy, matplotlib' 2>/dev/null || fail "Python packages are missing: $python -m pip install -r scripts/requirements.txt"
+[ -x train_fox ] || fail 'train_fox is missing: run make first'
+
+compare() {
+    local merge=()
+    [ -e "$out.json" ] && merge=(--merge "$out.json")
+    "$python" dev/compare_training.py "${merge[@]}" --out "$out.json" --keep "$keep" --data "$data" --model fox-pro-125m -T 16384 \
+        --batch-tokens 131072 --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 32 --val-every 80 "$@"
+}
+for run in ${RUNS:-off paper tight transformer paper@2}; do
+    if [ -e "$out.json" ] && "$python" -c 'import json, sys; sys.exit(sys.argv[2] not in json.load(open(sys.argv[1]))["runs"])' "$out.json" "$run"; then
+        echo "$run: done already"
+        continue
+    fi
+    compare "$run" "$@" >"$out.log" 2>&1 || fail "$(tail -n 1 "$out.log")"
+    grep "^$run: " "$out.log"
+done
+rm -f "$out.log"
+compare "$@" | tee "$out.txt" || fail 'the table could not be made'
+"$python" dev/plot_training.py "$out.json" "$out.png" || fail 'the picture could not be drawn'
+echo "$out.json $out.txt $out.png; runs: $keep"
