@@ -40,7 +40,7 @@ static const TestGroup groups[] = {
     {"eval", test_eval},           {"ranks", test_ranks},
 #ifdef FOX_CUDA
     {"cuda_layers", test_cuda_layers}, {"cuda_attention", test_cuda_attention}, {"cuda_model", test_cuda_model},
-    {"cuda_runs", test_cuda_runs},     {"cuda_ranks", test_cuda_ranks},
+    {"cuda_runs", test_cuda_runs}, {"cuda_eval", test_cuda_eval},     {"cuda_ranks", test_cuda_ranks},
 #endif
 };
 

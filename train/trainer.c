@@ -645,6 +645,16 @@ bool trainer_update(Trainer *t, bool ok, FoxError *err) {
 
 /* ---- what is due now and then */
 
+/* Where a micro-batch holds fewer windows than rows, the other rows repeat them: so what is pruned is of these windows. */
+static void repeat_windows(Trainer *t, int windows) {
+    int64_t T = t->options.context;
+    size_t bytes = sizeof(int32_t) * (size_t)T;
+    for (int64_t row = windows; windows > 0 && row < t->options.micro_batch; row++) {
+        memcpy(t->tokens + row * T, t->tokens + (row - windows) * T, bytes);
+        memcpy(t->targets + row * T, t->targets + (row - windows) * T, bytes);
+    }
+}
+
 /* This rank's part of a validation: sums[0] += losses, sums[1] += tokens; the same by position. The first window of rank 0
  * leaves its ranges in t->ranges, if they are wanted. */
 static bool validate_share(Trainer *t, double sums[2], PositionBins *bins, FoxError *err) {
@@ -657,6 +667,7 @@ static bool validate_share(Trainer *t, double sums[2], PositionBins *bins, FoxEr
         ok = dataloader_next(&t->val, t->tokens, t->targets, err);
         int64_t count = ok ? t->val.batch_windows * T : 0;
         if (count > 0) {
+            repeat_windows(t, t->val.batch_windows);
             t->backend.evaluate(&t->backend, t->tokens, t->targets, losses);
             t->backend.first_blocks = NULL;
         }
