@@ -342,16 +342,18 @@ static void test_run_stop(Tests *t, const RunFixture *f, int number) {
     run_train_command(f, "stopped", "-x 300 -n 0 -b 2", command);
     run_expect(t, f, "300 steps", run_command(f, command), 0);
     run_hash(f, hash);
-    run_remove(f, "stopped");
-    pid_t child = run_start(f, command, 1, 0);
-    double deadline = fox_now() + 60;
-    do {
-        run_sleep(0.002);
+    for (int attempt = 0; attempt < 5 && (attempt == 0 || log.last == 300); attempt++) { // a busy machine may be late
+        run_remove(f, "stopped");
+        pid_t child = run_start(f, command, 1, 0);
+        double deadline = fox_now() + 60;
+        do {
+            run_sleep(0.002);
+            run_read_log(f, "stopped", &log);
+        } while (log.last < 3 && fox_now() < deadline);
+        kill(child, number);
+        run_expect(t, f, "a stopped run", run_wait(child), 0);
         run_read_log(f, "stopped", &log);
-    } while (log.last < 3 && fox_now() < deadline);
-    kill(child, number);
-    run_expect(t, f, "a stopped run", run_wait(child), 0);
-    run_read_log(f, "stopped", &log);
+    }
     snprintf(dir, sizeof dir, "%s/stopped", f->root);
     bool saved = checkpoint_latest(dir, path, &err);
     check(t, log.last >= 3 && log.last < 300, "signal %d stops it before its end: %d steps", number, log.last);
