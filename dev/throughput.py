@@ -336,8 +336,11 @@ def main():
     save()
     text = table(result)
     pathlib.Path(f"{out}.txt").write_text(text)
-    draw(result).savefig(f"{out}.png")
     print("\n" + text, end="")
+    try:
+        draw(result).savefig(f"{out}.png")
+    except SystemExit as error:  # matplotlib is missing: the table stands
+        print(f"no picture: {error}")
     return 0
 
 

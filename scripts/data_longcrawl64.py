@@ -25,7 +25,10 @@ import json
 import pathlib
 import sys
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    raise SystemExit("the Python package numpy is missing: pip install -r scripts/requirements.txt")
 
 ROW, CHUNK = 65536, 2048  # tokens in a row; rows, and tokens, of a chunk
 BEGIN, VOCAB_SIZE = 50256, 50257

@@ -8,9 +8,9 @@
 --eval records the ranges that the run used, of the first window of the validation. To a gates file the paper's test is applied
 with a bound of the logits (--bound) that the file does not hold.
 """
-import numpy as np
-
 import figures
+
+import numpy as np
 
 
 def load(source, layer, head, bound=8.0):

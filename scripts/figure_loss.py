@@ -7,9 +7,9 @@
 Above: training loss, means of --mean steps (by default a hundredth of the run), and validations as points. Below: tokens/s, of
 the median of as many steps. Several runs are laid over one another; NAME=RUN names one.
 """
-import numpy as np
-
 import figures
+
+import numpy as np
 
 
 def draw(runs, mean=0):

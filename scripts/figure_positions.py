@@ -8,9 +8,9 @@
 Of each run its last validation (--step: of that step). A curve that still falls uses what lies that far back. Vertical lines are
 the horizons T, T/2, T/4, ... of the longest window, and with --trained the context of training: beyond it a model extrapolates.
 """
-import numpy as np
-
 import figures
+
+import numpy as np
 
 HORIZONS = 5
 

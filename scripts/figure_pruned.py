@@ -5,9 +5,9 @@
 
 From the reports of pruning in metrics.jsonl (--pruning-every of train_fox), each over the steps since the one before.
 """
-import numpy as np
-
 import figures
+
+import numpy as np
 
 
 def draw(run):

@@ -6,9 +6,9 @@
 Left: number of heads by the fraction of blocks that they skip, in steps of 5%. Right: all heads from the one that skips most to
 the one that skips least, and the mean, which is what attention saves in all.
 """
-import numpy as np
-
 import figures
+
+import numpy as np
 
 
 def draw(source, bound=8.0, step=None):

@@ -6,7 +6,10 @@ import argparse
 import json
 import pathlib
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    raise SystemExit("the Python package numpy is missing: pip install -r scripts/requirements.txt")
 
 GATES_BLOCK = 128  # queries, and keys, of a block on the GPU
 

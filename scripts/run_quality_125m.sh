@@ -30,7 +30,7 @@ keep=${KEEP:-build/quality_125m}
 python=${PYTHON:-python3}
 [ -d "$data" ] || fail "$data: no folder there; scripts/data_fineweb.sh makes one"
 command -v "$python" >/dev/null || fail "$python is missing; PYTHON names another one"
-"$python" -c 'import numpy, matplotlib' 2>/dev/null || fail "Python packages are missing: $python -m pip install -r scripts/requirements.txt"
+"$python" -c 'import numpy' 2>/dev/null || fail "Python packages are missing: $python -m pip install -r scripts/requirements.txt"
 [ -x train_fox ] || fail 'train_fox is missing: run make first'
 
 compare() {
@@ -49,5 +49,5 @@ for run in ${RUNS:-off paper tight transformer paper@2}; do
 done
 rm -f "$out.log"
 compare "$@" | tee "$out.txt" || fail 'the table could not be made'
-"$python" dev/plot_training.py "$out.json" "$out.png" || fail 'the picture could not be drawn'
+"$python" dev/plot_training.py "$out.json" "$out.png" || fail "the picture could not be drawn; $out.json holds all of it"
 echo "$out.json $out.txt $out.png; runs: $keep"

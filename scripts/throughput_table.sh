@@ -18,7 +18,7 @@ fail() {
 }
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "$python is missing; PYTHON names another one"
-"$python" -c 'import numpy, matplotlib, safetensors' 2>/dev/null ||
+"$python" -c 'import numpy, safetensors' 2>/dev/null ||
     fail "Python packages are missing: $python -m pip install -r scripts/requirements.txt"
 [ -x train_fox ] || fail 'train_fox is missing: run make first'
 exec "$python" dev/throughput.py "$@"

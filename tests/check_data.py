@@ -149,6 +149,7 @@ def check_bad_arrays(t, source, folder):
     for options, words in ((["-T", 3000], "divisor of 65536"), (["--tokens", 5], "not one window"),
                            (["--val-tokens", 1000], "multiple of 65536"), (["--val-tokens", 36 * ROW], "at most")):
         t.fails([*CONVERT, source, "-o", folder / "no", *options], words, f"options {options}")
+    t.fails([sys.executable, "-S", CONVERT[1], source], "numpy is missing", "conversion without packages")
     import zarr
     array = zarr.open_array(str(source / "train.zarr"), mode="r+")
     array[3, 5] = 50257

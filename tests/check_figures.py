@@ -199,6 +199,8 @@ def check_scripts(t, run, folder):
             "no such step")
     t.fails([sys.executable, ROOT / "scripts" / "figure_heads.py", folder / "x.safetensors", "-o", folder / "x.png"], "x.safetensors",
             "no gates file")
+    for script in sorted((ROOT / "scripts").glob("figure_*.py")):
+        t.fails([sys.executable, "-S", script, run, "-o", folder / "x.png"], "numpy is missing", f"{script.name} without packages")
     cut = folder / "cut.safetensors"
     cut.write_bytes(GATES.read_bytes()[:100000])
     t.fails([sys.executable, ROOT / "scripts" / "figure_savings.py", cut,

@@ -6,6 +6,7 @@ mean nothing: what they measure is put where it belongs.
 
 Ends with "N passed, N failed".
 """
+import argparse
 import json
 import os
 import pathlib
@@ -56,6 +57,29 @@ def check_layout(t):
     t.equal(bars, {"official": [80000], "official, ACP": [75000], "ours, off": [100000], "ours, paper": [150000], "ours, tight": [160000]},
             "picture: bars")
     t.equal([label.get_text() for label in axis.get_xticklabels()], ["4k"], "picture: contexts")
+
+
+def check_official_rows(t, folder):
+    """What dev/bench_official.py writes becomes rows: contexts whose step has the same tokens in one process."""
+    calls = []
+
+    def command(args, start, model, contexts, tokens, modes, steps, warmup):
+        calls.append((model, contexts, tokens, modes, steps, warmup))
+        runs = [dict(program="official", model=model, context=T, acp=acp, tokens_per_s=10.0 * T, step_ms=1.0, memory_bytes=5, extra=1)
+                for T in contexts for acp in modes]
+        runs[-1] = dict(program="official", model=model, context=contexts[-1], acp=modes[-1], out_of_memory=True)
+        return [sys.executable, "-c", f"import json, sys; json.dump(dict(runs={runs}), open(sys.argv[2], 'w'))"]
+
+    args = argparse.Namespace(context=[4096, 65536, 16384], acp=["off", "paper", "tight"], batch_tokens=32768, official_steps=5,
+                              official_warmup=3)
+    real, throughput.official_command = throughput.official_command, command
+    rows = list(throughput.time_official(args, folder, "fox-llama-125m"))
+    throughput.official_command = real
+    t.equal(calls, [("fox-llama-125m", contexts, tokens, ["off", "paper"], 5, 3) for contexts, tokens in (([4096, 16384], 32768), ([65536], 65536))],
+            "official: processes")
+    t.equal([(r["context"], r["acp"], r["batch_tokens"], r.get("tokens_per_s")) for r in rows],
+            [(4096, "off", 32768, 40960), (4096, "paper", 32768, 40960), (16384, "off", 32768, 163840), (16384, "paper", 32768, None),
+             (65536, "off", 65536, 655360), (65536, "paper", 65536, None)], "official: rows")
 
 
 def check_throughput(t, folder):
@@ -147,6 +171,7 @@ def main():
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fox_tables_"))
     try:
         check_layout(t)
+        check_official_rows(t, folder)
         check_throughput(t, folder)
         check_quality(t, folder)
     finally:
