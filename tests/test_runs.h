@@ -64,6 +64,7 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
         }
         setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1); // in a container the tests run as root
         setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+        signal(SIGINT, SIG_DFL); // a shell starts what runs in the background without it
         if (largest_file > 0) {
             struct rlimit limit = {(rlim_t)largest_file, (rlim_t)largest_file};
             signal(SIGXFSZ, SIG_IGN); // so that write() fails instead
