@@ -10,7 +10,7 @@ Runs are `official`, `official-off` (the official program with and without ACP),
 initial weights and order of the data. All runs of a seed have the
 same initial weights (written by train_fox, a function of the seed alone), see the same windows at every step (see
 dev/train_official.py), and are validated on the same windows at the same steps. Defaults: FoX (Pro) 125M, T = 16384,
-640 steps of 65536 tokens, AdamW with a peak rate of 1e-3, 32 steps of warm-up and a cosine to 0.
+320 steps of 131072 tokens, AdamW with a peak rate of 3e-4, 32 steps of warm-up and a cosine to 0.
 
 --out holds every run's curves; --merge takes over the runs of earlier files, so that parts can be made at different
 times. The table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and
@@ -181,12 +181,12 @@ def main():
     parser.add_argument("--model", default="fox-pro-125m", help="preset")
     parser.add_argument("--baseline", help="preset of `transformer`; by default the one like --model")
     parser.add_argument("-T", "--context", type=int, default=16384)
-    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in a step")
+    parser.add_argument("--batch-tokens", type=int, default=131072, help="tokens in a step")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at a time")
     parser.add_argument("--tokens", type=float, default=42e6, help="of a whole run")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=32)
-    parser.add_argument("--val-every", type=int, default=80, help="steps between validations")
+    parser.add_argument("--val-every", type=int, default=40, help="steps between validations")
     parser.add_argument("--val-sequences", type=int, default=32)
     parser.add_argument("--official-seconds", type=float, default=1e9, help="the official run ends when they are over")
     parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="where the folders of our runs stay")

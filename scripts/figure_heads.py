@@ -31,12 +31,5 @@ def draw(source, bound=8.0, step=None):
     return figure
 
 
-def main():
-    parser = figures.parser(__doc__)
-    figures.add_heads(parser)
-    args = parser.parse_args()
-    figures.save(draw(args.source, args.bound, args.step), args.out)
-
-
 if __name__ == "__main__":
-    main()
+    figures.main_of_heads(__doc__, draw)

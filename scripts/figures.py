@@ -139,6 +139,14 @@ def add_heads(made):
                       help="with a gates file: bound of the logits; 8 is QK-norm with weights of 1 and heads of 64")
 
 
+def main_of_heads(doc, draw):
+    """The main of a figure that draw(source, bound, step) makes of a run or a gates file; doc: the script's own text."""
+    made = parser(doc)
+    add_heads(made)
+    args = made.parse_args()
+    save(draw(args.source, args.bound, args.step), args.out)
+
+
 def save(figure, out):
     try:
         figure.savefig(out)
