@@ -45,8 +45,8 @@
  * zero to float32 rounding, and dc is minus the column sums.
  *
  * Those kernels stand in cuda/portable_attention.cuh, for every chip from sm_80 on, and in cuda/hopper_forward.cuh and
- * hopper_backward.cuh (other tiles, the same pairs), chosen in acp_on_hopper. Outputs are the same bits in every run: no
- * sum depends on the order of thread blocks. */
+ * hopper_backward.cuh (other tiles, the same pairs), chosen in acp_on_hopper. Outputs are the same bits in every run:
+ * no sum depends on the order of thread blocks. */
 #ifndef ACP_ATTENTION_CUH
 #define ACP_ATTENTION_CUH
 
@@ -67,19 +67,19 @@ enum {
 
 /* Kept from forward to backward. BH = B*H rows, `blocks` = ceil(T / 128), `padded` = 128 * blocks. */
 typedef struct AcpSaved {
-    double *c;     /* [BH, T], cumulative log gates */
-    float2 *base;  /* [BH, blocks], log2(e) * c at the first row of each block, as a sum of two floats */
-    float *lift;   /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
-    int *first;    /* [BH, blocks], first key block of each query block */
-    int *last;     /* [BH, blocks], last query block of each key block */
-    float *bound;  /* [BH], on |s_ij|; infinite where it is not known */
-    int *order[2]; /* [BH * blocks] each, the longest first: row * tiles + tile, of queries and of keys */
+    double *c;    /* [BH, T], cumulative log gates */
+    float2 *base; /* [BH, blocks], log2(e) * c at the first row of each block, as a sum of two floats */
+    float *lift;  /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
+    int *first;   /* [BH, blocks], first key block of each query block */
+    int *last;    /* [BH, blocks], last query block of each key block */
+    float *bound; /* [BH], on |s_ij|; infinite where it is not known */
+    /* [BH * blocks] each, the longest first: row * tiles + tile; of queries (forward), of keys, of queries (dQ) */
+    int *order[3];
 } AcpSaved;
 
 /* Shared by all layers; forward and backward use different parts at different times. */
 typedef struct AcpWork {
-    double *chunk_sums; /* [BH, ceil(T / 2048)], of the scans */
-    float2 *norms;      /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
+    float2 *norms; /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
     /* tight */
     float4 *keys;    /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
     float *key_sums; /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
@@ -112,8 +112,9 @@ static inline AcpSaved acp_saved(const AcpShape *shape, void *memory, int64_t *b
     s.first = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     s.last = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     s.bound = (float *)acp_take(start, &used, BH, sizeof(float));
-    s.order[0] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
-    s.order[1] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    for (int i = 0; i < 3; i++) {
+        s.order[i] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    }
     *bytes = used;
     return s;
 }
@@ -122,15 +123,13 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     int64_t used = 0, BH = (int64_t)shape->B * shape->H, blocks = acp_num_blocks(shape), padded = blocks * ACP_BLOCK;
     char *start = (char *)memory;
     AcpWork w;
-    w.chunk_sums = (double *)acp_take(start, &used, BH * ((shape->T + ACP_CHUNK - 1) / ACP_CHUNK), sizeof(double));
-    int64_t common = used;
     w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
     w.keys = (float4 *)acp_take(start, &used, BH * blocks, sizeof(float4));
     w.key_sums = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
     w.log_mass = (float *)acp_take(start, &used, BH * blocks, sizeof(float));
     w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     int64_t forward = used;
-    used = common; /* the backward pass no longer needs what found the ranges */
+    used = 0; /* the backward pass no longer needs what found the ranges */
     w.offset = (float *)acp_take(start, &used, BH * padded, sizeof(float));
     w.delta = (float *)acp_take(start, &used, BH * padded, sizeof(float));
     w.dc = (float *)acp_take(start, &used, BH * padded, sizeof(float));
@@ -139,10 +138,9 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Cumulative sums in double, over few long rows: sums of chunks, then a scan of each chunk with the sum of those
- * before. */
+/* Cumulative sums in double, over few long rows */
 
-/* Result of `combine` over threads 0..tid of a block of 256 (inclusive); scratch: 8 values. */
+/* Result of `combine` over threads 0..tid of a block (inclusive); scratch: a value for each warp. */
 template <typename Value, typename Combine>
 static __device__ __forceinline__ Value acp_block_scan(Value x, Value *scratch, Combine combine) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -167,7 +165,8 @@ static __device__ __forceinline__ Value acp_block_scan(Value x, Value *scratch, 
 }
 
 struct AcpAdd {
-    __device__ double operator()(double a, double b) const {
+    template <typename Value>
+    __device__ Value operator()(Value a, Value b) const {
         return a + b;
     }
 };
@@ -182,7 +181,6 @@ struct AcpMin {
 struct AcpScan {
     int T, blocks;
     const float *log_f, *dc;
-    double *chunk_sums;
     AcpSaved saved;
     float *dlog_f;
 };
@@ -198,65 +196,59 @@ static __device__ __forceinline__ double acp_scan_value(const AcpScan &s, int64_
     return (double)s.dc[bh * s.blocks * ACP_BLOCK + s.T - 1 - e];
 }
 
-/* grid (chunks, BH), 256 threads */
+/* Forward: c, base and lift. Backward: d log f. A thread block writes one chunk, and adds up all before it by itself:
+ * that costs less than waiting for others. grid (chunks, BH), 256 threads */
 template <bool BACKWARD>
-static __global__ void acp_chunk_sums_kernel(AcpScan s) {
-    __shared__ double scratch[8];
-    double sum = 0;
-    for (int i = 0; i < 8; i++) {
-        sum += acp_scan_value<BACKWARD>(s, blockIdx.y, blockIdx.x * ACP_CHUNK + threadIdx.x * 8 + i);
-    }
-    sum = acp_block_scan(sum, scratch, AcpAdd());
-    if (threadIdx.x == 255) {
-        s.chunk_sums[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = sum;
-    }
-}
-
-/* grid (chunks, BH), 256 threads. Forward: c, base and lift. Backward: d log f. */
-template <bool BACKWARD>
-static __global__ void acp_scan_kernel(AcpScan s) {
-    __shared__ double scratch[8], starts[ACP_CHUNK / ACP_BLOCK];
+static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
+    enum { EACH = ACP_CHUNK / 256 }; /* elements of a thread, neighbours */
+    __shared__ double scratch[8], values[ACP_CHUNK + 256], start;
+    auto value = [&](int i) -> double & {
+        return values[i + i / EACH]; /* so that threads meet in different banks */
+    };
     int64_t bh = blockIdx.y;
-    int e0 = blockIdx.x * ACP_CHUNK + threadIdx.x * 8;
-    double value[8], before = 0, own = 0;
-    for (int i = 0; i < 8; i++) {
-        value[i] = acp_scan_value<BACKWARD>(s, bh, e0 + i);
-        own += value[i];
+    int e0 = blockIdx.x * ACP_CHUNK, tid = threadIdx.x;
+    double before = 0, own = 0;
+#pragma unroll
+    for (int i = tid; i < ACP_CHUNK; i += 256) {
+        value(i) = acp_scan_value<BACKWARD>(s, bh, e0 + i);
     }
-    for (int chunk = 0; chunk < (int)blockIdx.x; chunk++) {
-        before += s.chunk_sums[bh * gridDim.x + chunk];
+#pragma unroll 8
+    for (int e = tid; e < e0; e += 256) {
+        before += acp_scan_value<BACKWARD>(s, bh, e);
     }
-    double sum = before + (acp_block_scan(own, scratch, AcpAdd()) - own);
-    for (int i = 0; i < 8; i++) {
-        sum += value[i];
-        value[i] = sum;
+    before = acp_block_scan(before, scratch, AcpAdd());
+    if (tid == 255) {
+        start = before;
     }
-    if (BACKWARD) {
-        for (int i = 0; i < 8; i++) {
-            if (e0 + i < s.T) {
-                s.dlog_f[bh * s.T + s.T - 1 - e0 - i] = (float)value[i];
-            }
-        }
-        return;
+    for (int i = 0; i < EACH; i++) {
+        own += value(tid * EACH + i);
     }
-    int block = threadIdx.x * 8 / ACP_BLOCK;
-    if (threadIdx.x * 8 % ACP_BLOCK == 0) {
-        starts[block] = value[0];
-        if (e0 < s.T) {
-            double base = value[0] * ACP_LOG2E;
-            s.saved.base[bh * s.blocks + e0 / ACP_BLOCK] =
-                make_float2((float)base, (float)(base - (double)(float)base));
-        }
+    double sum = acp_block_scan(own, scratch, AcpAdd()) - own + start;
+    for (int i = 0; i < EACH; i++) {
+        sum += value(tid * EACH + i);
+        value(tid * EACH + i) = sum;
     }
     __syncthreads();
-    for (int i = 0; i < 8; i++) {
-        int t = e0 + i;
-        if (t < s.T) {
-            s.saved.c[bh * s.T + t] = value[i];
+#pragma unroll
+    for (int i = tid; i < ACP_CHUNK; i += 256) {
+        int e = e0 + i;
+        if (BACKWARD) {
+            if (e < s.T) {
+                s.dlog_f[bh * s.T + s.T - 1 - e] = (float)value(i);
+            }
+            continue;
         }
-        if (t < s.blocks * ACP_BLOCK) {
-            s.saved.lift[bh * s.blocks * ACP_BLOCK + t] =
-                t < s.T ? (float)((starts[block] - value[i]) * ACP_LOG2E) : 0.0f;
+        double block_start = value(i / ACP_BLOCK * ACP_BLOCK);
+        if (e < s.T) {
+            s.saved.c[bh * s.T + e] = value(i);
+        }
+        if (e < s.blocks * ACP_BLOCK) {
+            s.saved.lift[bh * s.blocks * ACP_BLOCK + e] =
+                e < s.T ? (float)((block_start - value(i)) * ACP_LOG2E) : 0.0f;
+        }
+        if (i % ACP_BLOCK == 0 && e < s.T) {
+            double base = block_start * ACP_LOG2E;
+            s.saved.base[bh * s.blocks + e / ACP_BLOCK] = make_float2((float)base, (float)(base - (double)(float)base));
         }
     }
 }
@@ -340,16 +332,23 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
     int64_t bh = blockIdx.y;
     int n = blockIdx.x, start = n * ACP_BLOCK, last = min(start + ACP_BLOCK, in.T) - 1, tid = threadIdx.x;
     const double *c = saved.c + bh * in.T;
+    Bf16x8 keys[ACP_BLOCK / ROWS]; /* all on their way before the weights are waited for */
+#pragma unroll
+    for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
+        int t = min(start + g * ROWS + tid / LANES, last);
+        keys[g] = load_raw8(in.k + acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8, true);
+    }
     weight[tid] = start + tid <= last ? expf((float)(c[last] - c[start + tid])) : 0.0f;
     __syncthreads();
     float sum[8] = {0}, k2 = 0;
-#pragma unroll 8
-    for (int r = tid / LANES; r < ACP_BLOCK; r += ROWS) {
-        float k[8];
-        load8(k, in.k + acp_row<D>(bh, min(start + r, last), in.T, in.H, in.stride) + tid % LANES * 8);
+#pragma unroll
+    for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
+        float k[8], w = weight[g * ROWS + tid / LANES];
+        unpack8(k, keys[g]);
         k2 = fmaxf(k2, acp_row_sum<D>(acp_dot8(k, k)));
+#pragma unroll
         for (int i = 0; i < 8; i++) {
-            sum[i] = fmaf(weight[r], k[i], sum[i]);
+            sum[i] = fmaf(w, k[i], sum[i]);
         }
     }
     for (int i = 0; i < 8; i++) {
@@ -373,28 +372,49 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
 }
 
 /* tight, the history before each block: log of the decayed mass of all earlier keys, and their mean, which replaces
- * key_sums. grid (BH), D threads; one step per block, sixteen loads in flight. */
-static __global__ void acp_history_kernel(int blocks, int D, AcpWork work) {
-    int64_t at = (int64_t)blockIdx.x * blocks;
-    float mass = 0, sum = 0;
-    for (int n0 = 0; n0 < blocks; n0 += 16) {
-        float key_sum[16];
-        float4 key[16];
+ * key_sums. A thread folds one stretch of blocks for one column: first alone, then from where those before it end.
+ * grid (BH), 1024 threads */
+static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, int D, AcpWork work) {
+    enum { AHEAD = 8 }; /* loads in flight */
+    __shared__ float sums[1024], masses[1024], decays[1024];
+    int stretches = 1024 / D, stretch = threadIdx.x / D, column = threadIdx.x % D;
+    int length = (blocks + stretches - 1) / stretches, begin = stretch * length, end = min(begin + length, blocks);
+    float4 *keys = work.keys + (int64_t)blockIdx.x * blocks;
+    float *key_sums = work.key_sums + (int64_t)blockIdx.x * blocks * D + column;
+    float mass = 0, sum = 0, decay = 1;
+    auto fold = [&](float other_mass, float other_sum, float other_decay) {
+        mass = mass * other_decay + other_mass;
+        sum = sum * other_decay + other_sum;
+        decay *= other_decay;
+    };
+#pragma unroll 8
+    for (int n = begin; n < end; n++) {
+        fold(keys[n].z, key_sums[n * D], keys[n].w);
+    }
+    masses[threadIdx.x] = mass;
+    sums[threadIdx.x] = sum;
+    decays[threadIdx.x] = decay;
+    __syncthreads();
+    mass = sum = 0;
+    for (int i = column; i < (int)threadIdx.x; i += D) {
+        fold(masses[i], sums[i], decays[i]);
+    }
+    for (int n0 = begin; n0 < end; n0 += AHEAD) {
+        float key_sum[AHEAD];
+        float4 key[AHEAD];
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            int n = min(n0 + i, blocks - 1);
-            key_sum[i] = work.key_sums[(at + n) * D + threadIdx.x];
-            key[i] = work.keys[at + n];
+        for (int i = 0; i < AHEAD; i++) {
+            key_sum[i] = key_sums[min(n0 + i, end - 1) * D];
+            key[i] = keys[min(n0 + i, end - 1)];
         }
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            if (n0 + i < blocks) {
-                work.key_sums[(at + n0 + i) * D + threadIdx.x] = mass > 0 ? sum / mass : 0.0f;
-                if (threadIdx.x == 0) {
-                    work.log_mass[at + n0 + i] = logf(mass);
+        for (int i = 0; i < AHEAD; i++) {
+            if (n0 + i < end) {
+                key_sums[(n0 + i) * D] = mass > 0 ? sum / mass : 0.0f;
+                if (column == 0) {
+                    work.log_mass[(int64_t)blockIdx.x * blocks + n0 + i] = logf(mass);
                 }
-                mass = mass * key[i].w + key[i].z;
-                sum = sum * key[i].w + key_sum[i];
+                fold(key[i].z, key_sum[i], key[i].w);
             }
         }
     }
@@ -406,10 +426,12 @@ static __global__ void acp_history_kernel(int blocks, int D, AcpWork work) {
  * */
 template <int D>
 static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float budget) {
-    __shared__ float mean[D], scratch[4];
+    __shared__ float mean[D], scratch[4], upto;
+    __shared__ int stop;
     constexpr int LANES = D / 8, ROWS = 128 / LANES;
     const float scale = rsqrtf((float)D);
-    int64_t bh = blockIdx.y, at = bh * in.blocks;
+    int64_t bh = gridDim.y - 1 - blockIdx.y,
+            at = bh * in.blocks; /* the last keys that were read may still be in cache */
     int m = blockIdx.x, start = m * ACP_BLOCK, tid = threadIdx.x;
     const double *c = saved.c + bh * in.T;
     double C = c[start];
@@ -417,48 +439,58 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
     if (tid < D) {
         mean[tid] = work.key_sums[(at + m) * D + tid];
     }
+    if (tid == 0) {
+        stop = m;
+        upto = 0;
+    }
     __syncthreads();
     float rho = -INFINITY, q2 = 0;
-#pragma unroll 8
-    for (int r = tid / LANES; r < ACP_BLOCK; r += ROWS) {
-        int t = min(start + r, in.T - 1); /* rows beyond the end repeat the last */
-        int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
-        float q[8], k[8];
-        load8(q, in.q + row);
-        load8(k, in.k + row);
-        float own = scale * acp_row_sum<D>(acp_dot8(q, k));
-        float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
-        q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
-        float decay = (float)(c[t] - C), history = decay + gap + log_mass + past;
-        float high = fmaxf(own, history), low = fminf(own, history);
-        rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
+    for (int r0 = tid / LANES; r0 < ACP_BLOCK; r0 += 8 * ROWS) {
+        Bf16x8 queries[8], keys[8]; /* all on their way before the first is waited for */
+#pragma unroll
+        for (int g = 0; g < 8; g++) {
+            int t = min(start + r0 + g * ROWS, in.T - 1); /* rows beyond the end repeat the last */
+            int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
+            queries[g] = load_raw8(in.q + row, true);
+            keys[g] = load_raw8(in.k + row, true);
+        }
+#pragma unroll
+        for (int g = 0; g < 8; g++) {
+            float q[8], k[8];
+            unpack8(q, queries[g]);
+            unpack8(k, keys[g]);
+            float own = scale * acp_row_sum<D>(acp_dot8(q, k));
+            float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
+            q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
+            float decay = (float)(c[min(start + r0 + g * ROWS, in.T - 1)] - C), history = decay + gap + log_mass + past;
+            float high = fmaxf(own, history), low = fminf(own, history);
+            rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
+        }
     }
     rho = acp_block_max(rho, scratch);
     float norm = sqrtf(acp_block_max(q2, scratch));
-    if (tid >= 32) {
-        return;
-    }
-    float spent = 0;
-    int n = 0;
-    for (; n < m; n += 32) {
-        float mass = 0;
-        if (n + tid < m) {
-            float4 key = work.keys[at + n + tid];
-            mass = expf(rho + (float)(C - c[(n + tid + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y);
+    for (int n0 = 0; n0 < stop; n0 += ACP_BLOCK) {
+        int n = n0 + tid;
+        float mass = 0, spent = upto;
+        if (n < m) {
+            float4 key = work.keys[at + n];
+            mass = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y);
         }
-        for (int step = 1; step < 32; step *= 2) {
-            float before = __shfl_up_sync(0xffffffffu, mass, step);
-            mass += tid >= step ? before : 0.0f;
+        spent += acp_block_scan(mass, scratch, AcpAdd());
+        if (!(spent <= budget)) {
+            atomicMin(&stop, n);
         }
-        unsigned over = __ballot_sync(0xffffffffu, !(spent + mass <= budget));
-        if (over != 0) {
-            n += __ffs((int)over) - 1;
+        __syncthreads();
+        if (stop < m) {
             break;
         }
-        spent += __shfl_sync(0xffffffffu, mass, 31);
+        if (tid == ACP_BLOCK - 1) {
+            upto = spent;
+        }
+        __syncthreads();
     }
     if (tid == 0) {
-        work.first_raw[at + m] = min(n, m);
+        work.first_raw[at + m] = stop;
     }
 }
 
@@ -557,36 +589,35 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
 
 /* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among
  * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order
- * within a level may differ from run to run; results do not depend on it. rows: of queries and of keys in a tile,
+ * within a level may differ from run to run; results do not depend on it. rows: in a tile, as in AcpSaved.order,
  * multiples of 64, so that a tile may begin in the middle of a block. */
 struct AcpOrder {
-    int T, blocks, BH, rows[2];
+    int T, blocks, BH, rows[3];
     AcpSaved saved;
 
-    __device__ int tiles(bool of_keys) const {
-        return (T + rows[of_keys] - 1) / rows[of_keys];
+    __device__ int tiles(int which) const {
+        return (T + rows[which] - 1) / rows[which];
     }
     /* Blocks that tile i has to visit, less one. */
-    __device__ int length(bool of_keys, int i) const {
-        int row = i / tiles(of_keys) * blocks, start = i % tiles(of_keys) * rows[of_keys];
-        int own[2] = {start / ACP_BLOCK, (min(T, start + rows[of_keys]) - 1) / ACP_BLOCK}; /* first and last block */
-        return of_keys ? saved.last[row + own[1]] - own[0] : own[1] - saved.first[row + own[0]];
+    __device__ int length(int which, int i) const {
+        int row = i / tiles(which) * blocks, start = i % tiles(which) * rows[which];
+        int own[2] = {start / ACP_BLOCK, (min(T, start + rows[which]) - 1) / ACP_BLOCK}; /* first and last block */
+        return which == 1 ? saved.last[row + own[1]] - own[0] : own[1] - saved.first[row + own[0]];
     }
 };
 
-/* grid (2), for tiles of queries and blocks of keys; 1024 threads */
-static __global__ void acp_order_kernel(AcpOrder o) {
+/* grid (3), 1024 threads */
+static __global__ void acp_order_kernel(const __grid_constant__ AcpOrder o) {
     enum { LEVELS = 64 };
     __shared__ int place[LEVELS];
-    bool of_keys = blockIdx.x == 1;
-    int count = o.BH * o.tiles(of_keys);
+    int which = blockIdx.x, count = o.BH * o.tiles(which);
     if (threadIdx.x < LEVELS) {
         place[threadIdx.x] = 0;
     }
     __syncthreads();
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += 1024) {
-        atomicAdd(&place[o.length(of_keys, i) * LEVELS / o.blocks], 1);
+        atomicAdd(&place[o.length(which, i) * LEVELS / o.blocks], 1);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -600,7 +631,7 @@ static __global__ void acp_order_kernel(AcpOrder o) {
     __syncthreads();
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += 1024) {
-        o.saved.order[of_keys][atomicAdd(&place[o.length(of_keys, i) * LEVELS / o.blocks], 1)] = i;
+        o.saved.order[which][atomicAdd(&place[o.length(which, i) * LEVELS / o.blocks], 1)] = i;
     }
 }
 
@@ -681,11 +712,11 @@ static bool acp_on_hopper(const AcpShape *shape) {
     return !shape->portable && kernel.ptxVersion >= 90; /* 80: compiled by the driver, without Hopper's instructions */
 }
 
-/* The order of thread blocks for the kernels that follow. */
-static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, int BH, int queries, int keys,
+/* The order of thread blocks for the kernels that follow, in forward and backward. */
+static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, int BH, int queries, int keys, int dq_queries,
                           cudaStream_t stream) {
-    AcpOrder order = {in.T, in.blocks, BH, {queries, keys}, saved};
-    acp_order_kernel<<<2, 1024, 0, stream>>>(order);
+    AcpOrder order = {in.T, in.blocks, BH, {queries, keys, dq_queries}, saved};
+    acp_order_kernel<<<3, 1024, 0, stream>>>(order);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -694,12 +725,12 @@ template <int D>
 static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaStream_t stream) {
     int BH = shape->B * shape->H;
     if (!acp_on_hopper(shape)) {
-        acp_run_order(args.in, args.saved, BH, ACP_BLOCK, ACP_BLOCK, stream);
+        acp_run_order(args.in, args.saved, BH, ACP_BLOCK, ACP_BLOCK, ACP_BLOCK, stream);
         acp_launch(acp_forward_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), args, stream);
         return;
     }
     using Traits = HopperForward<D>;
-    acp_run_order(args.in, args.saved, BH, Traits::QUERIES, HopperDkdv<D>::KEYS, stream);
+    acp_run_order(args.in, args.saved, BH, Traits::QUERIES, HopperDkdv<D>::KEYS, HopperDq<D>::QUERIES, stream);
     HopperForwardArgs hopper = hopper_forward_args<D>(shape, args);
     acp_launch(hopper_forward_kernel<D>, BH * hopper.tiles, Traits::THREADS, sizeof(HopperForwardShared<D>), hopper,
                stream);
@@ -714,9 +745,6 @@ static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStrea
         return;
     }
     using Traits = HopperDq<D>;
-    if (Traits::QUERIES != HopperForward<D>::QUERIES) {
-        acp_run_order(args.in, args.saved, shape->B * shape->H, Traits::QUERIES, HopperDkdv<D>::KEYS, stream);
-    }
     tiles = shape->B * shape->H * ((shape->T + Traits::QUERIES - 1) / Traits::QUERIES);
     acp_launch(hopper_dq_kernel<D>, tiles, Traits::THREADS, sizeof(HopperDqShared<D>),
                hopper_backward_args<D>(shape, args), stream);
@@ -752,8 +780,6 @@ static void acp_run_backward(const AcpShape *shape, const AcpBackward &args, cud
 template <bool BACKWARD>
 static void acp_run_scan(const AcpScan &scan, int BH, cudaStream_t stream) {
     dim3 grid((unsigned)((scan.T + ACP_CHUNK - 1) / ACP_CHUNK), (unsigned)BH);
-    acp_chunk_sums_kernel<BACKWARD><<<grid, 256, 0, stream>>>(scan);
-    CUDA_CHECK_LAUNCH();
     acp_scan_kernel<BACKWARD><<<grid, 256, 0, stream>>>(scan);
     CUDA_CHECK_LAUNCH();
 }
@@ -769,7 +795,7 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
     } else if (shape->mode == ACP_TIGHT) {
         acp_key_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work);
         CUDA_CHECK_LAUNCH();
-        acp_history_kernel<<<BH, D, 0, stream>>>(in.blocks, D, work);
+        acp_history_kernel<<<BH, 1024, 0, stream>>>(in.blocks, D, work);
         CUDA_CHECK_LAUNCH();
         /* the same allowance for float32 as in cpu/acp.h */
         acp_query_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work, (float)exp(shape->log_tolerance - 0.02));
@@ -824,7 +850,7 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
-    AcpScan scan = {in.T, in.blocks, log_f, NULL, work.chunk_sums, saved, NULL};
+    AcpScan scan = {in.T, in.blocks, log_f, NULL, saved, NULL};
     AcpRanges ranges = {shape->mode,
                         in.T,
                         in.H,
@@ -858,7 +884,7 @@ extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
     AcpBackward args = {in, saved, work, dout, o, lse, dq, dk, dv};
-    AcpScan scan = {in.T, in.blocks, NULL, work.dc, work.chunk_sums, saved, dlog_f};
+    AcpScan scan = {in.T, in.blocks, NULL, work.dc, saved, dlog_f};
     if (shape->D == 64) {
         acp_run_backward<64>(shape, args, stream);
     } else {

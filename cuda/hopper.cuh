@@ -238,6 +238,35 @@ static __device__ __forceinline__ void hopper_store_matrices(uint32_t address, u
                  : "memory");
 }
 
+/* The keys and values of one head on their way: blocks of KEYS rows, last to first, each K with its lift. */
+template <int D, int KEYS, int STAGES>
+struct alignas(1024) HopperKeys {
+    static constexpr int TILE = KEYS * D * 2;
+    unsigned char k[STAGES][TILE], v[STAGES][TILE];
+    float lift[STAGES][KEYS];
+    HopperRing<STAGES> k_ring, v_ring;
+
+    __device__ __forceinline__ void init(int warps) {
+        k_ring.init(warps);
+        v_ring.init(warps);
+    }
+    /* The copying thread: blocks end, end - 1, ... begin of head h of sequence b, whose lift begins at `row`. */
+    __device__ __forceinline__ void copy(const CUtensorMap &k_map, const CUtensorMap &v_map,
+                                         const CUtensorMap &lift_map, int b, int h, int row, int begin, int end) {
+        for (int i = 0; i <= end - begin; i++) {
+            int stage = i % STAGES, key = (end - i) * KEYS;
+            uint64_t *full = k_ring.refill(i, TILE + (int)sizeof lift[0]);
+            hopper_load_tile<D, KEYS>(k[stage], k_map, b, h, key, full);
+            hopper_load_floats<KEYS>(lift[stage], lift_map, row + key, full);
+            hopper_load_tile<D, KEYS>(v[stage], v_map, b, h, key, v_ring.refill(i, TILE));
+        }
+    }
+    __device__ __forceinline__ void skip(int i) {
+        k_ring.skip(i);
+        v_ring.skip(i);
+    }
+};
+
 /* ---- products ---- */
 
 template <int REGISTERS>

@@ -74,9 +74,7 @@ template <int D>
 struct alignas(1024) HopperDqShared {
     using Traits = HopperDq<D>;
     unsigned char q[Traits::TILE], dout[Traits::TILE]; /* q: then dQ */
-    unsigned char k[Traits::STAGES][Traits::K_TILE], v[Traits::STAGES][Traits::K_TILE];
-    float lift[Traits::STAGES][Traits::KEYS]; /* with K */
-    HopperRing<Traits::STAGES> k_ring, v_ring;
+    HopperKeys<D, Traits::KEYS, Traits::STAGES> keys;
     uint64_t q_full;
 };
 
@@ -90,7 +88,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     HopperDqShared<D> &shared = *reinterpret_cast<HopperDqShared<D> *>(memory);
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
-    int place = hopper_uniform(p.saved.order[0][blockIdx.x]), tiles = (in.T + Traits::QUERIES - 1) / Traits::QUERIES;
+    int place = hopper_uniform(p.saved.order[2][blockIdx.x]), tiles = (in.T + Traits::QUERIES - 1) / Traits::QUERIES;
     int q0 = place % tiles * Traits::QUERIES, bh = place / tiles, b = bh / in.H, h = bh % in.H;
     auto first_step = [&](int query) {
         return hopper_uniform(p.saved.first[(int64_t)bh * in.blocks + query / ACP_BLOCK]) * (ACP_BLOCK / KEYS);
@@ -98,8 +96,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     int begin = first_step(q0), end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS;
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.q_full, 1);
-        shared.k_ring.init(4 * WARPGROUPS);
-        shared.v_ring.init(4 * WARPGROUPS);
+        shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     __syncthreads();
@@ -108,18 +105,10 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            int row = bh * in.blocks * ACP_BLOCK;
             hopper_arrive_bytes(&shared.q_full, 2 * Traits::TILE);
             hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
             hopper_load_tile<D, Traits::QUERIES>(shared.dout, args.dout, b, h, q0, &shared.q_full);
-            for (int i = 0; i <= end - begin; i++) {
-                int stage = i % STAGES, key = (end - i) * KEYS;
-                uint64_t *full = shared.k_ring.refill(i, Traits::K_TILE + (int)sizeof shared.lift[0]);
-                hopper_load_tile<D, KEYS>(shared.k[stage], args.k, b, h, key, full);
-                hopper_load_floats<KEYS>(shared.lift[stage], args.lift, row + key, full);
-                full = shared.v_ring.refill(i, Traits::K_TILE);
-                hopper_load_tile<D, KEYS>(shared.v[stage], args.v, b, h, key, full);
-            }
+            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, begin, end);
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
@@ -136,8 +125,8 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
                     delta[2] = {p.work.delta[at], p.work.delta[at + 8]};
         uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t dout = hopper_operand(hopper_shared(shared.dout) + group * 64 * 128, Traits::QUERIES * 128);
-        uint32_t k = hopper_operand(hopper_shared(shared.k), KEYS * 128),
-                 v = hopper_operand(hopper_shared(shared.v), KEYS * 128);
+        uint32_t k = hopper_operand(hopper_shared(shared.keys.k), KEYS * 128),
+                 v = hopper_operand(hopper_shared(shared.keys.v), KEYS * 128);
         float s[N], dp[N], dq[D / 2], sum[2] = {0, 0};
         uint32_t ds[N / 2];
 #pragma unroll
@@ -148,8 +137,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         auto skip = [&](int n) {
             turns.take();
             turns.pass();
-            shared.k_ring.skip(end - n);
-            shared.v_ring.skip(end - n);
+            shared.keys.skip(end - n);
         };
         auto add_dq = [&](int n) {
             hopper_products_begin();
@@ -163,19 +151,19 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             hopper_products_wait<0>();
             hopper_hold(dq);
             hopper_hold(ds);
-            shared.k_ring.release(end - n);
+            shared.keys.k_ring.release(end - n);
         };
         /* Some keys: dS, with the product dQ of the step before under way (`behind`). */
         auto step = [&](int n, auto diagonal, auto behind) {
             int stage = (end - n) % STAGES, column = n * KEYS - row0 + lane % 4 * 2;
             float shift = acp_shift(own_base, base[n * KEYS / ACP_BLOCK]);
-            const float *lift = shared.lift[stage] + lane % 4 * 2;
-            shared.k_ring.await(end - n);
+            const float *lift = shared.keys.lift[stage] + lane % 4 * 2;
+            shared.keys.k_ring.await(end - n);
             turns.take();
             hopper_products_begin();
             hopper_product_abt<D, Traits::QUERIES, KEYS>(s, q, k + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
-            shared.v_ring.await(end - n);
+            shared.keys.v_ring.await(end - n);
             hopper_products_begin();
             hopper_product_abt<D, Traits::QUERIES, KEYS>(dp, dout, v + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
@@ -199,7 +187,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             }
             hopper_products_wait<behind ? 1 : 0>();
             hopper_hold(dp);
-            shared.v_ring.release(end - n);
+            shared.keys.v_ring.release(end - n);
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 s[i] *= dp[i] - delta[i / 2 % 2];
@@ -209,7 +197,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
                 hopper_products_wait<0>();
                 hopper_hold(dq);
                 hopper_hold(ds);
-                shared.k_ring.release(end - n - 1);
+                shared.keys.k_ring.release(end - n - 1);
             }
             hopper_pack(ds, s);
         };
@@ -253,7 +241,8 @@ struct HopperDkdv {
     static constexpr int KEYS = 64 * WARPGROUPS, QUERIES = 64,
                          STAGES = D == 64 ? 6 : 4; /* queries per step; steps in flight */
     static constexpr int TILE = KEYS * D * 2, PANEL = KEYS * 128, Q_PANEL = QUERIES * 128, Q_TILE = QUERIES * D * 2;
-    static constexpr bool KEEP = D == 64; /* K and V stay in registers, as Q and dO above */
+    /* where registers allow it: S of the next step is computed under the weights of this one; K stays in registers */
+    static constexpr bool AHEAD = D == 64, KEEP = D == 64;
 };
 
 template <int D>
@@ -326,8 +315,8 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         uint32_t v = hopper_operand(hopper_shared(shared.v) + group * 64 * 128, Traits::PANEL);
         uint32_t q = hopper_operand(hopper_shared(shared.q), Traits::Q_PANEL);
         uint32_t dout = hopper_operand(hopper_shared(shared.dout), Traits::Q_PANEL);
-        float s[N], dp[N], dk[D / 2], dv[D / 2], sum[2] = {0, 0};
-        uint32_t weights[N / 2], ds[N / 2], k_rows[16], v_rows[16];
+        float even[N], odd[N], dp[N], dk[D / 2], dv[D / 2], sum[2] = {0, 0};
+        uint32_t weights[N / 2], ds[N / 2], k_rows[16];
 #pragma unroll
         for (int i = 0; i < D / 2; i++) {
             dk[i] = 0;
@@ -351,25 +340,39 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_hold(ds);
             shared.q_ring.release(m - begin);
         };
-        /* Some queries: P and dV, dS; with the product dK of the step before under way (`behind`). */
-        auto step = [&](int m, auto diagonal, auto behind) {
+        auto start_s = [&](auto &acc, int m) {
+            shared.q_ring.await(m - begin);
+            hopper_start_abt<D, Traits::KEYS, QUERIES, Traits::KEEP>(
+                acc, k, k_rows, q + (m - begin) % STAGES * hopper_apart(Traits::Q_TILE));
+        };
+        /* Some queries: P and dV, dS; with the product dK of the step before under way (`behind`). Ahead, s is there at
+         * the start, and S of the step after is computed into `after`; behind the last, once more its own. */
+        auto step = [&](int m, auto &s, auto &after, auto diagonal, auto behind) {
             int stage = (m - begin) % STAGES;
             float shift = acp_shift(base[m * QUERIES / ACP_BLOCK], own_base),
                   key[2] = {lift[0] + shift, lift[1] + shift};
             const float *offsets = shared.offset[stage] + lane % 4 * 2, *deltas = shared.delta[stage] + lane % 4 * 2;
-            shared.q_ring.await(m - begin);
-            hopper_start_abt<D, Traits::KEYS, QUERIES, Traits::KEEP>(s, k, k_rows,
-                                                                     q + stage * hopper_apart(Traits::Q_TILE));
-            if (behind) {
-                add_dk(m - 1);
+            if (!Traits::AHEAD) {
+                start_s(s, m);
+                if (behind) {
+                    add_dk(m - 1);
+                }
             }
             shared.dout_ring.await(m - begin);
-            hopper_start_abt<D, Traits::KEYS, QUERIES, Traits::KEEP>(dp, v, v_rows,
-                                                                     dout + stage * hopper_apart(Traits::Q_TILE));
+            hopper_start_abt<D, Traits::KEYS, QUERIES, false>(dp, v, k_rows,
+                                                              dout + stage * hopper_apart(Traits::Q_TILE));
+            if (Traits::AHEAD) {
+                if (behind) {
+                    add_dk(m - 1);
+                }
+                start_s(after, min(m + 1, own_end));
+            }
             float2 query[N / 4];
             hopper_columns(query, offsets);
-            hopper_products_wait<behind && Traits::KEEP ? 2 : 1>();
-            hopper_hold(s);
+            if (!Traits::AHEAD) {
+                hopper_products_wait<1>();
+                hopper_hold(s);
+            }
 #pragma unroll
             for (int i = 0; i < N; i += 4) {
 #pragma unroll
@@ -386,7 +389,8 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_product_ab<QUERIES>(dv, weights, dout + stage * hopper_apart(Traits::Q_TILE));
             hopper_products_commit();
             hopper_columns(query, deltas);
-            hopper_products_wait<1>();
+            hopper_products_wait<Traits::AHEAD ? 2 : 1>(); /* dP, and dK of the step before; ahead, S of the next may
+                                                              run on */
             hopper_hold(dp);
             hopper_hold(ds);
             if (behind) {
@@ -405,23 +409,40 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_products_wait<0>();
             hopper_hold(dv);
             hopper_hold(weights);
+            hopper_hold(after);
             shared.dout_ring.release(m - begin);
         };
         hopper_wait(&shared.k_full, 0);
         if (Traits::KEEP) {
             hopper_take_rows(k_rows, hopper_shared(shared.k) + group * 64 * 128);
-            hopper_take_rows(v_rows, hopper_shared(shared.v) + group * 64 * 128);
         }
         int m = begin;
         for (; m < row0 / QUERIES && m <= end; m++) {
             skip(m);
         }
         if (inside) {
-            step(m, HopperFlag<true>(), HopperFlag<false>());
-            for (m++; m <= own_end; m++) {
-                step(m, HopperFlag<false>(), HopperFlag<true>());
+            using Yes = HopperFlag<true>;
+            using No = HopperFlag<false>;
+            if (Traits::AHEAD) {
+                start_s(even, m);
+                hopper_products_wait<0>();
+                hopper_hold(even);
+                step(m, even, odd, Yes(), No());
+                for (m++; m < own_end; m += 2) {
+                    step(m, odd, even, No(), Yes());
+                    step(m + 1, even, odd, No(), Yes());
+                }
+                if (m == own_end) {
+                    step(m, odd, even, No(), Yes());
+                }
+            } else {
+                step(m, even, even, Yes(), No());
+                for (m++; m <= own_end; m++) {
+                    step(m, even, even, No(), Yes());
+                }
             }
             finish_dk(own_end);
+            m = own_end + 1;
 
             float roots[2] = {root, root}, ones[2] = {1, 1};
 #pragma unroll

@@ -28,9 +28,7 @@ template <int D>
 struct alignas(1024) HopperForwardShared {
     using Traits = HopperForward<D>;
     unsigned char q[Traits::QUERIES * D * 2]; /* then O */
-    unsigned char k[Traits::STAGES][ACP_BLOCK * D * 2], v[Traits::STAGES][ACP_BLOCK * D * 2];
-    float lift[Traits::STAGES][ACP_BLOCK]; /* with K */
-    HopperRing<Traits::STAGES> k_ring, v_ring;
+    HopperKeys<D, ACP_BLOCK, Traits::STAGES> keys;
     uint64_t q_full;
 };
 
@@ -113,8 +111,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     int begin = hopper_uniform(first[q0 / ACP_BLOCK]), end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK;
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.q_full, 1);
-        shared.k_ring.init(4 * WARPGROUPS);
-        shared.v_ring.init(4 * WARPGROUPS);
+        shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     __syncthreads();
@@ -123,17 +120,9 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            int row = bh * in.blocks * ACP_BLOCK;
             hopper_arrive_bytes(&shared.q_full, sizeof shared.q);
             hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
-            for (int i = 0; i <= end - begin; i++) {
-                int stage = i % STAGES, key = (end - i) * ACP_BLOCK;
-                uint64_t *full = shared.k_ring.refill(i, TILE + (int)sizeof shared.lift[0]);
-                hopper_load_tile<D, ACP_BLOCK>(shared.k[stage], args.k, b, h, key, full);
-                hopper_load_floats<ACP_BLOCK>(shared.lift[stage], args.lift, row + key, full);
-                full = shared.v_ring.refill(i, TILE);
-                hopper_load_tile<D, ACP_BLOCK>(shared.v[stage], args.v, b, h, key, full);
-            }
+            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, begin, end);
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
@@ -149,12 +138,11 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         auto skip = [&](int n) {
             turns.take();
             turns.pass();
-            shared.k_ring.skip(end - n);
-            shared.v_ring.skip(end - n);
+            shared.keys.skip(end - n);
         };
         uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::Q_PANEL);
-        uint32_t k = hopper_operand(hopper_shared(shared.k), Traits::K_PANEL),
-                 v = hopper_operand(hopper_shared(shared.v), Traits::K_PANEL);
+        uint32_t k = hopper_operand(hopper_shared(shared.keys.k), Traits::K_PANEL),
+                 v = hopper_operand(hopper_shared(shared.keys.v), Traits::K_PANEL);
         hopper_wait(&shared.q_full, 0);
         int n = end;
         for (; n > top; n--) {
@@ -165,7 +153,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             uint32_t p[32];
             { /* the block on the diagonal */
                 int stage = (end - n) % STAGES;
-                shared.k_ring.await(end - n);
+                shared.keys.k_ring.await(end - n);
                 turns.take();
                 hopper_products_begin();
                 hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(s, q, k + stage * hopper_apart(TILE));
@@ -173,9 +161,9 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 turns.pass();
                 hopper_products_wait<0>();
                 hopper_hold(s);
-                hopper_decay<true, true>(s, shared.lift[stage] + lane % 4 * 2, scale, row, n * ACP_BLOCK + lane % 4 * 2,
-                                         high);
-                shared.k_ring.release(end - n);
+                hopper_decay<true, true>(s, shared.keys.lift[stage] + lane % 4 * 2, scale, row,
+                                         n * ACP_BLOCK + lane % 4 * 2, high);
+                shared.keys.k_ring.release(end - n);
                 float offset[2] = {-high[0], -high[1]};
                 hopper_weights(s, offset, sum);
                 hopper_pack(p, s);
@@ -188,14 +176,14 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             auto step = [&](auto fixed) {
                 int stage = (end - n) % STAGES, behind = (end - n - 1) % STAGES;
                 float shift = acp_shift(own_base, base[n]);
-                shared.k_ring.await(end - n);
+                shared.keys.k_ring.await(end - n);
                 turns.take();
                 hopper_hold(o);
                 hopper_hold(p);
                 hopper_products_begin();
                 hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(s, q, k + stage * hopper_apart(TILE));
                 hopper_products_commit();
-                shared.v_ring.await(end - n - 1);
+                shared.keys.v_ring.await(end - n - 1);
                 hopper_products_begin();
                 hopper_product_ab<ACP_BLOCK>(o, p, v + behind * hopper_apart(TILE));
                 hopper_products_commit();
@@ -204,8 +192,8 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 hopper_hold(s);
                 float offset[2] = {shift - high[0], shift - high[1]}, fade[2] = {1, 1},
                       reach[2] = {-INFINITY, -INFINITY};
-                hopper_decay<false, !fixed>(s, shared.lift[stage] + lane % 4 * 2, scale, 0, 0, reach);
-                shared.k_ring.release(end - n);
+                hopper_decay<false, !fixed>(s, shared.keys.lift[stage] + lane % 4 * 2, scale, 0, 0, reach);
+                shared.keys.k_ring.release(end - n);
                 if (!fixed) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
@@ -221,7 +209,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 hopper_products_wait<0>();
                 hopper_hold(o);
                 hopper_hold(p);
-                shared.v_ring.release(end - n - 1);
+                shared.keys.v_ring.release(end - n - 1);
                 if (!fixed) {
 #pragma unroll
                     for (int i = 0; i < D / 2; i++) {
@@ -239,7 +227,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                     step(HopperFlag<false>());
                 }
             }
-            shared.v_ring.await(end - n - 1);
+            shared.keys.v_ring.await(end - n - 1);
             hopper_hold(o);
             hopper_hold(p);
             hopper_products_begin();
@@ -247,7 +235,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             hopper_products_commit();
             hopper_products_wait<0>();
             hopper_hold(o);
-            shared.v_ring.release(end - n - 1);
+            shared.keys.v_ring.release(end - n - 1);
 
             const float *lift = saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
 #pragma unroll

@@ -162,7 +162,7 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     constexpr int MT = 2, NT = 4, KEYS = AcpDqTraits<D>::KEYS, TILE = KEYS * D * 2;
     const AcpInputs &in = p.in;
     const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
-    int place = p.saved.order[0][blockIdx.x], m = place % in.blocks;
+    int place = p.saved.order[2][blockIdx.x], m = place % in.blocks;
     int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);

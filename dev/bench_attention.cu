@@ -138,7 +138,7 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b) {
     AcpInputs in = {b->q, b->k, b->v, stride, T, shape->H, blocks};
     AcpForward forward = {in, saved, b->o, b->lse};
     AcpBackward backward = {in, saved, work, b->dout, b->o, b->lse, b->dq, b->dk, b->dv};
-    AcpScan scan = {T, blocks, b->log_f, work.dc, work.chunk_sums, saved, b->dlog_f};
+    AcpScan scan = {T, blocks, b->log_f, work.dc, saved, b->dlog_f};
     AcpRanges ranges = {shape->mode, T, shape->H, D, blocks, shape->log_tolerance, b->ones, b->ones, false, NULL, NULL};
     float ms[7];
     ms[0] = bench_time([&] { acp_run_scan<false>(scan, BH, 0); });

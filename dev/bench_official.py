@@ -109,7 +109,7 @@ def bench_ours(program, folder, T, batch_tokens, micro_batch, acp, recompute, st
     shutil.rmtree(out, ignore_errors=True)
     records = official.run_ours(program, folder / "checkpoint", folder / "random_train.bin", out, "-T", T,
                                 "-b", micro_batch, "-d", batch_tokens, "-x", steps + warmup, "-l", RATE,
-                                "--acp", acp, "-v", 0, "--pruning-every", 0, "-r", 2 if recompute else 0)
+                                "--acp", acp, "-v", 0, "-n", -1, "--pruning-every", 0, "-r", 2 if recompute else 0)
     shutil.rmtree(out)
     done = [r for r in records if r["kind"] == "step"][warmup:]
     last = done[-1]
