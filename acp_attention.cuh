@@ -659,28 +659,25 @@ struct AcpBackward {
     bf16 *dq, *dk, *dv;
 };
 
-/* Of every query: (-lift - lse) in units of log 2, and delta = dO.o. One row (token and head) per D/8 lanes, 256
- * threads; rows run over [B, padded, H]; reads O and dO once. */
+/* Of query t of row bh, by the four neighbouring lanes that have it: (-lift - lse) in units of log 2, and delta = dO.o;
+ * beyond the end -inf and 0. */
 template <int D>
-static __global__ void acp_stats_kernel(AcpBackward p, int64_t rows) {
-    constexpr int LANES = D / 8;
-    int64_t row = blockIdx.x * (int64_t)(256 / LANES) + threadIdx.x / LANES;
-    int padded = p.in.blocks * ACP_BLOCK, H = p.in.H, T = p.in.T;
-    int t = (int)(row / H % padded), h = (int)(row % H);
-    int64_t b = row / H / padded, bh = b * H + h;
-    bool inside = row < rows && t < T;
-    float o[8] = {0}, dout[8] = {0};
-    if (inside) {
-        int64_t at = acp_row<D>(bh, t, T, H, (int64_t)H * D) + threadIdx.x % LANES * 8;
-        load8(o, p.o + at);
-        load8(dout, p.dout + at);
+static __device__ __forceinline__ void acp_query_stats(const AcpBackward &p, int64_t bh, int t, float &offset,
+                                                       float &delta) {
+    offset = -INFINITY;
+    delta = 0;
+    if (t < p.in.T) {
+        int64_t at = acp_row<D>(bh, t, p.in.T, p.in.H, (int64_t)p.in.H * D) + threadIdx.x % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < D; i += 32) {
+            float o[8], dout[8];
+            load8(o, p.o + at + i);
+            load8(dout, p.dout + at + i);
+            delta += acp_dot8(o, dout);
+        }
+        offset = -p.saved.lift[bh * p.in.blocks * ACP_BLOCK + t] - p.lse[bh * p.in.T + t] * (float)ACP_LOG2E;
     }
-    float delta = acp_row_sum<D>(acp_dot8(o, dout));
-    if (row < rows && threadIdx.x % LANES == 0) {
-        int64_t at = bh * padded + t;
-        p.work.offset[at] = inside ? -p.saved.lift[at] - p.lse[bh * T + t] * (float)ACP_LOG2E : -INFINITY;
-        p.work.delta[at] = delta;
-    }
+    delta = acp_quad_sum(delta);
 }
 
 /* P = exp2(s scale + (offset_i + (lift_j + shift))): written once, so that both kernels round alike. */
@@ -736,7 +733,7 @@ static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaS
                stream);
 }
 
-/* The one place where backward kernels are chosen: dq, and delta corrected; then dk, dv and work.dc. */
+/* The one place where backward kernels are chosen: dq, with offset and delta; then dk, dv and work.dc. */
 template <int D>
 static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
     int tiles = shape->B * shape->H * args.in.blocks;
@@ -764,15 +761,7 @@ static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStr
 }
 
 template <int D>
-static void acp_run_stats(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
-    int64_t rows = (int64_t)shape->B * shape->H * args.in.blocks * ACP_BLOCK, per_block = 256 / (D / 8);
-    acp_stats_kernel<D><<<(unsigned)((rows + per_block - 1) / per_block), 256, 0, stream>>>(args, rows);
-    CUDA_CHECK_LAUNCH();
-}
-
-template <int D>
 static void acp_run_backward(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
-    acp_run_stats<D>(shape, args, stream);
     acp_run_dq<D>(shape, args, stream);
     acp_run_dkdv<D>(shape, args, stream);
 }

@@ -2,9 +2,10 @@
  *
  * Two kernels, so that no sum depends on the order of thread blocks and nothing is added up in memory:
  *
- *     dQ        a tile of queries stays, key blocks stream by:    S = Q K^T,   dP = dO V^T,   dQ += dS K
- *     dK, dV    a block of keys stays, queries stream by:         S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T
- * Q
+ *     dQ        a tile of queries stays, key blocks stream by:
+ *                   S = Q K^T,   dP = dO V^T,   dQ += dS K
+ *     dK, dV    a block of keys stays, queries stream by:
+ *                   S^T = K Q^T,   dP^T = V dO^T,   dV += P^T dO,   dK += dS^T Q
  *
  * One kernel for all would need five products for seven here, but dS would go through shared memory and dQ through
  * atomic sums in memory. As it is, P and dS never leave the registers: they are made there as the left operands of what
@@ -121,8 +122,14 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         int top = inside ? row0 / KEYS : begin - 1, bottom = inside ? first_step(row0) : begin;
         const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         int64_t at = (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
-        const float own[2] = {p.work.offset[at], p.work.offset[at + 8]},
-                    delta[2] = {p.work.delta[at], p.work.delta[at + 8]};
+        float own[2], delta[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            acp_query_stats<D>(p, bh, row0 + row + i * 8, own[i], delta[i]);
+            if (inside && lane % 4 == 0) {
+                p.work.offset[at + i * 8] = own[i];
+            }
+        }
         uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t dout = hopper_operand(hopper_shared(shared.dout) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t k = hopper_operand(hopper_shared(shared.keys.k), KEYS * 128),

@@ -154,7 +154,8 @@ struct alignas(1024) AcpDqShared {
     float lift[2][AcpDqTraits<D>::KEYS];
 };
 
-/* One query block; 4 warps with 32 rows each, 32 keys at a time. Corrects delta for acp_dkdv_kernel. */
+/* One query block; 4 warps with 32 rows each, 32 keys at a time. Writes offset, and delta corrected, for
+ * acp_dkdv_kernel. */
 template <int D>
 static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -186,9 +187,11 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     float offset[MT][2], delta[MT][2], sum[MT][2];
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        int64_t t = bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4;
-        offset[i / 2][i % 2] = p.work.offset[t];
-        delta[i / 2][i % 2] = p.work.delta[t];
+        int t = q0 + row0 + i * 8 + lane / 4;
+        acp_query_stats<D>(p, bh, t, offset[i / 2][i % 2], delta[i / 2][i % 2]);
+        if (lane % 4 == 0) {
+            p.work.offset[bh * in.blocks * ACP_BLOCK + t] = offset[i / 2][i % 2];
+        }
         sum[i / 2][i % 2] = 0;
     }
     acp_copies_done();

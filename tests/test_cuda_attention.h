@@ -481,7 +481,7 @@ static double attention_gate_gradient(const AttentionCase *a, const double *c, i
 /* c reaches 45,000 and 86,000: differences of neighbours must keep their precision. */
 static void test_attention_long(Tests *t) {
     static const int kinds[] = {GATES_HALF, GATES_STRONG};
-    int T = t->quick ? 8192 : 65536, rows = 60;
+    int T = t->quick ? 1536 : 65536, rows = 60;
     for (int kind = 0; kind < 2; kind++) {
         AttentionCase a =
             attention_case_of(1, T, 2, kind == 0 ? 64 : 128, kind == 0 ? ACP_OFF : ACP_TIGHT, kinds[kind], 14);
@@ -520,7 +520,7 @@ static void test_attention_long(Tests *t) {
 
 /* Where there are kernels for the chip itself: the same as the ones for every chip, far from the diagonal as well. */
 static void test_attention_portable(Tests *t) {
-    int T = t->quick ? 3000 : 16384;
+    int T = t->quick ? 700 : 16384;
     for (int i = 0; i < 4; i++) {
         AttentionCase a = attention_case_of(1, T, 2, i < 2 ? 64 : 128, i % 2 ? ACP_PAPER : ACP_OFF, GATES_WEAK, 14), b;
         AttentionErrors worst = {0, 0, 0, 0, 0, 0};
