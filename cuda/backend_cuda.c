@@ -135,6 +135,11 @@ static PackedLayout packed_layout(const FoxConfig *c) {
     return p;
 }
 
+/* Rows of the packed weights, those of padding (zeros) included. */
+static int64_t packed_rows(const PackedLayout *p) {
+    return (p->columns + FOX_PACKED_ROWS - 1) / FOX_PACKED_ROWS * FOX_PACKED_ROWS;
+}
+
 /* Buckets of the flat space at its beginning whose float32 parameters every rank keeps whole; the others are sharded. */
 static int front_buckets(const Backend *b) {
     return exchange_front(&b->owned, backend_sharded(b), b->table.matrices);
@@ -400,7 +405,7 @@ static void block_forward(Backend *b, int l, Extent e, const float *x, const bf1
     shape.B = e.B;
     shape.T = e.T;
     norm_attention(b, l, e, x, branch);
-    linear(b, a->packed, a->h1, id->q, e.N, d, s->packed.columns, s->packed.row);
+    linear(b, a->packed, a->h1, id->q, e.N, d, packed_rows(&s->packed), s->packed.row);
     shift_and_norm(b, l, e);
     acp_attention_forward(&shape, a->o, a->lse, a->saved, s->scratch.attention, count ? &counts : NULL, a->q, a->k, a->v, d,
                           s->scratch.log_f, at(b, s->params, id->q_norm), at(b, s->params, id->k_norm), s->stream);
@@ -456,7 +461,7 @@ static void block_backward(Backend *b, int l, Extent e) {
                            a->lse, s->stream);
     cuda_qkv_backward(z->dpacked, at(b, s->grads, id->q_norm), at(b, s->grads, id->k_norm), at(b, s->grads, id->fgate_bias), z->qkv,
                       z->dq, z->dk, z->dv, z->dlog_f, a->packed, a->q_rstd, a->k_rstd, &s->packed, &w, c, e.B, e.T, s->stream);
-    linear_back(b, z->dh, z->dpacked, a->h1, id->q, e.N, d, s->packed.columns, s->packed.row);
+    linear_back(b, z->dh, z->dpacked, a->h1, id->q, e.N, d, packed_rows(&s->packed), s->packed.row);
     cuda_norm_backward(z->dx, z->dx_bf16, at(b, s->grads, id->attn_norm), z->norm, z->dh, a->x, a->rstd1,
                        at(b, s->params, id->attn_norm), e.N, d, s->stream);
 }
@@ -753,7 +758,7 @@ static void plan_products(Backend *b) {
         int64_t rows, in, out, ldy;
         bf16 *x, *y, *dx;
     } layers[] = {
-        {id->q, N, d, s->packed.columns, s->packed.row, a->h1, z->dpacked, z->dh},
+        {id->q, N, d, packed_rows(&s->packed), s->packed.row, a->h1, z->dpacked, z->dh},
         {id->o, N, d, d, d, a->h2, z->branch, z->dh},
         {id->gate_up, N, d, 2 * F, 2 * F, a->h2, z->dgate_up, z->dh},
         {id->down, N, F, d, d, a->act, z->branch, z->dact},

@@ -245,7 +245,7 @@ static void bench_update(Bench &bench, int64_t total) {
 /* The products of one layer and of 4096 rows of logits, as backend_cuda.c plans them. */
 static void bench_products(Bench &bench, int64_t N, int d, int H, int F, int V) {
     enum { HEAD_ROWS = 4096, RATE_SIZE = 8192 };
-    int packed = 4 * d + 3 * H, packed_row = (int)round_up(packed, 64), logits_row = (int)round_up(V, 64);
+    int packed = (int)round_up(4 * d + 3 * H, FOX_PACKED_ROWS), packed_row = (int)round_up(packed, 64), logits_row = (int)round_up(V, 64);
     const struct {
         const char *names[3]; /* by MatmulKind */
         int64_t N, in, out, ldy;

@@ -138,14 +138,18 @@ static int add_norm(FoxTable *table, const char *prefix, const char *name, int64
     return add_tensor(table, prefix, name, FOX_INIT_ONES, length, 0);
 }
 
+static int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
 static void place(FoxTable *table, int tensor) {
     FoxTensor *t = &table->tensors[tensor];
     t->offset = table->total;
-    table->total += (t->size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    table->total += round_up(t->size, ALIGNMENT);
 }
 
-/* Decides the offsets: vectors, embeddings, then the other matrices in the order of the table, lm_head last. */
-static void place_all(FoxTable *table) {
+/* Decides the offsets: vectors, embeddings, then the other matrices layer by layer, lm_head last. */
+static void place_all(FoxTable *table, const FoxConfig *c) {
     for (int i = 0; i < table->count; i++) {
         if (table->tensors[i].ndim == 1) {
             place(table, i);
@@ -154,11 +158,19 @@ static void place_all(FoxTable *table) {
     table->decayed = table->total;
     place(table, table->embeddings);
     table->matrices = table->total;
-    for (int i = 0; i < table->count; i++) {
-        if (table->tensors[i].ndim == 2 && i != table->embeddings) {
-            place(table, i);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        const FoxLayerIds *ids = &table->layers[l];
+        int64_t start = table->total, rows = (int64_t)FOX_PACKED_ROWS * c->hidden_size;
+        for (int i = ids->q; i <= ids->down; i++) {
+            if (i == ids->o) { // all packed rows are placed
+                table->total = start + round_up(table->total - start, rows);
+            }
+            if (table->tensors[i].ndim == 2) {
+                place(table, i);
+            }
         }
     }
+    place(table, table->lm_head);
 }
 
 /* From q to fgate the rows multiply the same input and follow each other without padding, because each has a multiple
@@ -213,7 +225,7 @@ FoxTable fox_table_create(const FoxConfig *c) {
     }
     table.norm = add_norm(&table, "", "model.norm.weight", c->hidden_size);
     table.lm_head = add_matrix(&table, "", "lm_head.weight", c->vocab_size, c->hidden_size);
-    place_all(&table);
+    place_all(&table, c);
     return table;
 }
 
