@@ -54,6 +54,7 @@ int main(int argc, char **argv) {
     char scratch[] = "/tmp/fox_test_XXXXXX", self[1024], train_fox[1100], command[64];
     int files = 0, runs = 0;
     memset(&t, 0, sizeof t);
+    setvbuf(stdout, NULL, _IOLBF, 0); // a crash loses nothing of what was printed
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--only") == 0 && i + 1 < argc) {
             t.only = argv[++i];

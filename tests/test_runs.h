@@ -814,7 +814,7 @@ static void test_cuda_runs(Tests *t) {
         return;
     }
     test_run_resume(t, &f, "-b 2 --device cuda --deterministic");
-    test_run_resume(t, &f, "-b 1 --device cuda -r 2");
+    test_run_resume(t, &f, "-b 1 --device cuda -r 2 --deterministic");
 
     static const char *const devices[] = {"cpu", "cuda", "cpu"};
     run_train_command(&f, "cpu_only", "-x 30 -n 10 -l 1e-3 --device cpu", command);
