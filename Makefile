@@ -110,12 +110,13 @@ KERNELS  := $(if $(USE_CUDA),$(patsubst %.cu,$(BUILD)/%.o,$(wildcard cuda/*.cu))
 LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c $(if $(USE_CUDA),cuda/*.c))) $(KERNELS)
 TESTS    := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox $(if $(USE_NCCL),nccl_bandwidth))
+TOOLS    := $(BUILD)/check_mass
 FUZZERS  := $(patsubst fuzz/%.c,$(BUILD)/%,$(wildcard fuzz/fuzz_*.c))
 OBJECTS  := $(LIBRARY) $(TESTS) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD)/scripts/make_shards.o \
-            $(BUILD)/scripts/nccl_bandwidth.o \
+            $(BUILD)/scripts/nccl_bandwidth.o $(BUILD)/dev/check_mass.o \
             $(patsubst %.c,$(BUILD)/%.o,$(wildcard fuzz/fuzz_*.c))
 
-.PHONY: all test demo bench clean help fuzz fuzz-run fuzzers
+.PHONY: all test demo bench tools clean help fuzz fuzz-run fuzzers
 .DELETE_ON_ERROR:
 all: $(PROGRAMS)
 
@@ -124,7 +125,8 @@ $(BIN)make_shards: $(BUILD)/scripts/make_shards.o
 $(BIN)nccl_bandwidth: $(BUILD)/scripts/nccl_bandwidth.o
 $(BIN)test_fox:    $(BUILD)/test_fox.o $(TESTS)
 $(FUZZERS): $(BUILD)/%: $(BUILD)/fuzz/%.o
-$(PROGRAMS) $(FUZZERS): $(BUILD)/libfox.a
+$(TOOLS): $(BUILD)/%: $(BUILD)/dev/%.o
+$(PROGRAMS) $(TOOLS) $(FUZZERS): $(BUILD)/libfox.a
 	@echo 'link      $@'
 	@$(CC) $(LDFLAGS) $(filter %.o,$^) $(BUILD)/libfox.a $(LDLIBS) -o $@
 
@@ -151,6 +153,8 @@ demo: $(PROGRAMS)
 bench: $(PROGRAMS)
 	@sh scripts/bench_cpu.sh
 
+tools: $(TOOLS)
+
 # The fuzzers are built apart, by clang, with the sanitizers in every object.
 fuzz:
 	@$(MAKE) --no-print-directory SANITIZE=fuzz MPI=0 OPENMP=0 CC=$(FUZZ_CC) fuzzers
@@ -169,6 +173,7 @@ help:
 	@echo 'make test       the tests; make SANITIZE=1 test: the quick suite under ASan and UBSan'
 	@echo 'make demo       trains a small FoX on text of this machine, within 4 minutes on two cores'
 	@echo 'make bench      speed of the CPU program in tokens/s'
+	@echo 'make tools      build/release/check_mass: what pruning loses inside a trained model'
 	@echo 'make fuzz       the fuzzers (clang); make fuzz-run FUZZ_SECONDS=60 runs each of them'
 	@echo 'make clean      removes what make and make demo made'
 	@echo 'Settings: CC=clang, CUDA=0, ARCHS="80 90a", NCCL=0, MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
