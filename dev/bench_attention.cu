@@ -4,7 +4,8 @@
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o bench_attention dev/bench_attention.cu
  *   ./bench_attention            all shapes; ./bench_attention 16384 only that context; --kernels: each kernel's share
  *   ./bench_attention --portable   the kernels for every chip
- *   ./bench_attention --gates FILE    a trained model, log f as float32 [layers, 12, 16384]; D = 64, sum of layers
+ *   ./bench_attention --gates tests/data/gates/trained_gates_125m.safetensors    the gates of a trained model, sum of its
+ *                                  layers, D = 64. The file's one tensor is c, float32 [layers, 12, 16384]
  *
  * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention
  * in the same time (forward 2 B H T^2 D, backward 2.5 times that), so that pruning shows as speed. */
@@ -158,8 +159,9 @@ static bool bench_gates(const char *path, bool portable) {
     int64_t count = (int64_t)s.T * s.H, stride = s.H * s.D;
     FILE *f = fopen(path, "rb");
     float *log_f = FOX_NEW(float, count);
-    if (f == NULL) {
-        fprintf(stderr, "bench_attention: error: %s cannot be opened\n", path);
+    uint64_t header;
+    if (f == NULL || fread(&header, sizeof header, 1, f) != 1 || header > 1 << 20) {
+        fprintf(stderr, "bench_attention: error: %s is not a safetensors file\n", path);
         return false;
     }
     Buffers b = bench_buffers(&s);
@@ -167,8 +169,11 @@ static bool bench_gates(const char *path, bool portable) {
         AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, false, portable};
         float forward = 0, backward = 0;
         int layers = 0;
-        rewind(f);
+        fseek(f, (long)(sizeof header + header), SEEK_SET);
         for (; fread(log_f, sizeof(float), (size_t)count, f) == (size_t)count; layers++) {
+            for (int64_t i = count - 1; i > 0; i--) { /* c to log f, in place */
+                log_f[i] -= i % s.T > 0 ? log_f[i - 1] : 0;
+            }
             CUDA_CHECK(cudaMemcpy(b.log_f, log_f, sizeof(float) * (size_t)count, cudaMemcpyHostToDevice));
             forward += bench_time([&] {
                 acp_attention_forward(&shape, b.o, b.lse, b.saved, b.work, NULL, b.q, b.k, b.v, stride, b.log_f, b.ones,

@@ -10,13 +10,13 @@
 #     test           make test
 #     sanitize       memcheck, racecheck, initcheck on `test_fox --quick --only $SANITIZE_ONLY` (cuda);
 #                    sanitize-TOOL: one of them
-#     bench          every kernel: dev/bench_layers.cu and dev/bench_attention.cu
-#     profile        dev/profile_step.py for $PROFILE (fox-pro-125m:16384); with --official of both programs
+#     bench          every kernel: attention and layers of scripts/bench.sh
+#     profile        where a step's time goes: profile of scripts/bench.sh; with --official of both programs
 #     deterministic  dev/check_deterministic.py: the same bits twice, and resumed, and the cost
 #     parity         dev/parity_official.py: a fox-pro-tiny trained for 30 steps on these sources, and every fixture, on
 #                    $DEVICE (auto); needs --official
 #     truth          the official model's bf16 errors, written to $LOGS/official_bf16_error.json; needs --official
-#     speed          dev/bench_official.py with train_fox beside it: $SPEED (fox-pro-125m:16384 ...); needs --official
+#     speed          whole steps of both programs: steps of scripts/bench.sh; needs --official
 #     report         dev/report.py: all of it in one file below $RESULTS (docs/results)
 #
 # Each part has $LIMIT seconds (540). Output goes to $LOGS/PART.log (build/gpu_check); shown are the last lines of a
@@ -51,25 +51,8 @@ need_official() {
 part_build() { make -j "$(nproc)"; }
 part_test() { make test; }
 
-# nvcc for the chip of this machine.
-build_bench() { # NAME
-    chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-    [ "$chip" != 90 ] || chip=90a
-    nvcc=$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc")
-    "$nvcc" -std=c++17 -O3 -I. -gencode "arch=compute_$chip,code=sm_$chip" -o "build/$1" "dev/$1.cu" -lcublasLt
-}
-part_bench() {
-    build_bench bench_layers && build_bench bench_attention || return 1
-    build/bench_layers --json "$logs/layers.json" || return 1
-    build/bench_attention > "$logs/attention.txt" || return 1
-    cat "$logs/attention.txt"
-}
-part_profile() {
-    for run in ${PROFILE:-fox-pro-125m:16384}; do
-        "$python" dev/profile_step.py --model "${run%:*}" -T "${run#*:}" ${official:+--official "$official"} \
-            --acp paper --out "$logs/profile-${run%:*}-${run#*:}.json" || return 1
-    done
-}
+part_bench() { scripts/bench.sh --out "$logs" attention layers; }
+part_profile() { scripts/bench.sh --out "$logs" ${official:+--official "$official"} profile; }
 part_deterministic() { "$python" dev/check_deterministic.py --out "$logs/deterministic.json"; }
 part_report() { "$python" dev/report.py "$logs" --out "${RESULTS:-docs/results}"; }
 
@@ -102,13 +85,7 @@ part_truth() {
     need_official && "$python" dev/parity_official.py --official "$official" --out "$logs/official_bf16_error.json" \
         --truth tests/data/fixtures/*.safetensors
 }
-part_speed() {
-    need_official || return 1
-    for run in ${SPEED:-fox-pro-125m:16384 fox-pro-360m:16384 fox-pro-760m:4096}; do
-        "$python" dev/bench_official.py --official "$official" --ours ./train_fox --model "${run%:*}" -T "${run#*:}" \
-            --out "$logs/speed-${run%:*}-${run#*:}.json" || return 1
-    done
-}
+part_speed() { scripts/bench.sh --out "$logs" --official "$official" steps; }
 
 run_part() {
     case $1 in

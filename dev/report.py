@@ -8,6 +8,7 @@ The file is named after the GPU (gpu_h100.json; cpu.json without one). It says w
     layers         dev/bench_layers.cu
     attention      dev/bench_attention.cu: shape, pruning, kept fraction, milliseconds
     profile        dev/profile_step.py
+    peers          dev/bench_peers.py
     deterministic  dev/check_deterministic.py
     speed          dev/bench_official.py
 as far as these parts ran.
@@ -47,7 +48,7 @@ def gather(logs):
         result["parts"] = parts_of(logs / "parts.tsv")
     if (logs / "attention.txt").exists():
         result["attention"] = attention_rows(logs / "attention.txt")
-    for name in ("layers", "deterministic"):
+    for name in ("layers", "peers", "deterministic"):
         if (logs / f"{name}.json").exists():
             result[name] = json.loads((logs / f"{name}.json").read_text())
     for name in ("profile", "speed"):
