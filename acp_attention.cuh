@@ -680,6 +680,12 @@ static __device__ __forceinline__ void acp_query_stats(const AcpBackward &p, int
     delta = acp_quad_sum(delta);
 }
 
+/* 1 / sqrt(D) */
+template <int D>
+static __device__ constexpr float acp_root() {
+    return D == 64 ? 0.125f : 0.08838834764831845f;
+}
+
 /* P = exp2(s scale + (offset_i + (lift_j + shift))): written once, so that both kernels round alike. */
 static __device__ __forceinline__ float acp_weight(float s, float scale, float offset, float key) {
     return acp_exp2(fmaf(s, scale, offset + key));

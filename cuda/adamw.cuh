@@ -110,7 +110,9 @@ static __global__ void __launch_bounds__(ADAMW_THREADS)
     }
 }
 
-static __global__ void to_bf16_kernel(bf16 *out, const float *in, int64_t count) {
+/* float32 to bf16, or back. */
+template <typename Out, typename In>
+static __global__ void convert_kernel(Out *out, const In *in, int64_t count) {
     int64_t i = 8 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
     if (i + 8 <= count) {
         float x[8];
@@ -118,20 +120,7 @@ static __global__ void to_bf16_kernel(bf16 *out, const float *in, int64_t count)
         store8(out + i, x);
     } else {
         for (; i < count; i++) {
-            out[i] = __float2bfloat16(in[i]);
-        }
-    }
-}
-
-static __global__ void from_bf16_kernel(float *out, const bf16 *in, int64_t count) {
-    int64_t i = 8 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x);
-    if (i + 8 <= count) {
-        float x[8];
-        load8(x, in + i);
-        store8(out + i, x);
-    } else {
-        for (; i < count; i++) {
-            out[i] = __bfloat162float(in[i]);
+            out[i] = (Out)(float)in[i];
         }
     }
 }
@@ -168,12 +157,12 @@ void cuda_adamw(float *params, bf16 *params_bf16, float *m, float *v, float *gra
 }
 
 void cuda_to_bf16(bf16 *out, const float *in, int64_t count, cudaStream_t stream) {
-    to_bf16_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
+    convert_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
     CUDA_CHECK_LAUNCH();
 }
 
 void cuda_from_bf16(float *out, const bf16 *in, int64_t count, cudaStream_t stream) {
-    from_bf16_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
+    convert_kernel<<<(unsigned)((count + 2047) / 2048), 256, 0, stream>>>(out, in, count);
     CUDA_CHECK_LAUNCH();
 }
 

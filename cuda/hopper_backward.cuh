@@ -113,7 +113,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
-        const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
+        const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
         const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32;
         int row0 = q0 + group * 64,
@@ -308,7 +308,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
-        const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
+        const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
         const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32;
         int row0 = k0 + group * 64,

@@ -126,7 +126,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
-        const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
+        const float scale = (float)ACP_LOG2E * acp_root<D>();
         const float2 *base = saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32, warp = thread / 32;
         int row0 = q0 + group * 64, row = row0 + warp * 16 + lane / 4, block = row0 / ACP_BLOCK;

@@ -29,7 +29,7 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     AcpForwardShared<D> &shared = *reinterpret_cast<AcpForwardShared<D> *>(memory);
     constexpr int MT = 2, KEYS = AcpForwardTraits<D>::KEYS, NT = KEYS / 8, TILE = KEYS * D * 2;
     const AcpInputs &in = p.in;
-    const float scale = (float)(ACP_LOG2E) * (D == 64 ? 0.125f : 0.08838834764831845f);
+    const float scale = (float)ACP_LOG2E * acp_root<D>();
     int place = p.saved.order[0][blockIdx.x], m = place % in.blocks;
     int64_t bh = place / in.blocks;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
@@ -162,7 +162,7 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     AcpDqShared<D> &shared = *reinterpret_cast<AcpDqShared<D> *>(memory);
     constexpr int MT = 2, NT = 4, KEYS = AcpDqTraits<D>::KEYS, TILE = KEYS * D * 2;
     const AcpInputs &in = p.in;
-    const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
+    const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
     int place = p.saved.order[2][blockIdx.x], m = place % in.blocks;
     int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
@@ -281,7 +281,7 @@ static __global__ void __launch_bounds__(AcpDkdvTraits<D>::THREADS, AcpDkdvTrait
                   THREADS = Traits::THREADS;
     constexpr int TILE = QUERIES * D * 2;
     const AcpInputs &in = p.in;
-    const float root = D == 64 ? 0.125f : 0.08838834764831845f, scale = (float)(ACP_LOG2E)*root;
+    const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
     int place = p.saved.order[1][blockIdx.x], n = place % in.blocks;
     int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int k0 = n * ACP_BLOCK, row0 = threadIdx.x / 32 * (16 * MT), lane = threadIdx.x % 32;

@@ -48,7 +48,7 @@ GROUPS = (
     ("cross entropy", ("cross_entropy", "sum_losses")),
     ("embedding", ("embedding", "indexselect", "index_elementwise", "vectorized_gather")),
     ("gradient norm", ("squares_kernel", "clip_kernel", "lpnorm")),
-    ("AdamW", ("adamw", "fusedadam", "to_bf16")),
+    ("AdamW", ("adamw", "fusedadam", "convert_kernel")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "cublas", "splitk", "s16816", "xmma")),
     ("copies, fills", ("memcpy", "memset")),
     ("sums over GPUs", ("nccl",)),
