@@ -1,6 +1,6 @@
 /* Tests of acp_attention.cuh: outputs and gradients against attention_head_forward and _backward of fox_layers.h in
  * float32 on the same bf16 inputs, ranges against cpu/acp.h, the bound on the pruned mass in double, long sequences
- * against windows in double, and equal bits in equal runs. */
+ * against windows in double, and equal bits in equal runs, the second of which comes from a CUDA graph. */
 #ifndef FOX_TESTS_CUDA_ATTENTION_H
 #define FOX_TESTS_CUDA_ATTENTION_H
 
@@ -18,6 +18,7 @@ typedef struct AttentionCase {
     int gates;
     bool norms;  /* the bound comes from QK-norm weights, else it is measured */
     bool packed; /* q, k and v are columns of one product */
+    bool graph;  /* forward and backward are recorded in a CUDA graph, which then runs */
     uint64_t seed;
     /* host: what the GPU sees, exactly, as float; [B, T, H*D] and [B, H, T] */
     float *q, *k, *v, *dout, *log_f, *q_norm, *k_norm;
@@ -167,6 +168,18 @@ static void attention_upload_qkv(const AttentionCase *a, void *memory[3], uint16
     free(product);
 }
 
+/* Runs what the stream has recorded. */
+static void attention_launch_captured(cudaStream_t stream) {
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    attention_cuda(cudaStreamEndCapture(stream, &graph));
+    attention_cuda(cudaGraphInstantiateWithFlags(&executable, graph, 0));
+    attention_cuda(cudaGraphLaunch(executable, stream));
+    attention_cuda(cudaStreamSynchronize(stream));
+    attention_cuda(cudaGraphExecDestroy(executable));
+    attention_cuda(cudaGraphDestroy(graph));
+}
+
 /* Forward and backward on the GPU; returns a hash of every output. */
 static uint64_t attention_run(AttentionCase *a) {
     const AcpShape *shape = &a->shape;
@@ -193,12 +206,23 @@ static uint64_t attention_run(AttentionCase *a) {
     counts.total = counts.skipped + H;
     attention_cuda(cudaMemset(counts.skipped, 0, sizeof(unsigned long long) * (size_t)(2 * H)));
 
+    cudaStream_t stream;
+    attention_cuda(cudaStreamCreate(&stream));
+    attention_cuda(cudaDeviceSynchronize()); /* what was copied and filled before */
+    if (a->graph) {
+        attention_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    }
     acp_attention_forward(shape, (bf16 *)o, lse, saved, work, &counts, qkv[0], qkv[1], qkv[2], stride,
-                          (const float *)log_f, a->norms ? q_norm : NULL, a->norms ? k_norm : NULL, 0);
-    attention_cuda(cudaMemset(work, 0xff, (size_t)acp_workspace_bytes(shape))); /* nothing may survive there */
+                          (const float *)log_f, a->norms ? q_norm : NULL, a->norms ? k_norm : NULL, stream);
+    /* nothing may survive there */
+    attention_cuda(cudaMemsetAsync(work, 0xff, (size_t)acp_workspace_bytes(shape), stream));
     acp_attention_backward(shape, (bf16 *)dq, (bf16 *)dk, (bf16 *)dv, dlog_f, saved, work, (const bf16 *)dout, qkv[0],
-                           qkv[1], qkv[2], stride, (const bf16 *)o, lse, 0);
-    attention_cuda(cudaDeviceSynchronize());
+                           qkv[1], qkv[2], stride, (const bf16 *)o, lse, stream);
+    if (a->graph) {
+        attention_launch_captured(stream);
+    }
+    attention_cuda(cudaStreamSynchronize(stream));
+    attention_cuda(cudaStreamDestroy(stream));
 
     a->o = attention_download(o, N, &hash);
     a->dq = attention_download(dq, N, &hash);
@@ -367,7 +391,8 @@ static void attention_case_gpu(Tests *t, AttentionCase *a, AttentionErrors *wors
     attention_fill(a);
     uint64_t hash = attention_run(a);
     attention_free_outputs(a);
-    check(t, attention_run(a) == hash, "%s: two runs differ", name);
+    a->graph = true;
+    check(t, attention_run(a) == hash, "%s: a second run, from a CUDA graph, differs", name);
     unsigned long long *skipped = FOX_NEW(unsigned long long, H);
     for (int bh = 0; bh < BH; bh++) {
         skipped[bh % H] += (unsigned long long)acp_skipped_blocks(blocks, a->first + (int64_t)bh * blocks);
