@@ -677,6 +677,13 @@ static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
     exchange_measure(&s->exchange, stats);
 }
 
+/* Gradients that left already wait for a rank whose gradients never come. */
+static void cuda_abandon(Backend *b) {
+    need_params(b, b->table.total);
+    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+    exchange_abandon(&cuda(b)->exchange);
+}
+
 static void cuda_evaluate(Backend *b, const int32_t *tokens, const int32_t *targets, float *losses) {
     CudaBackend *s = cuda(b);
     Extent e = whole(b);
@@ -889,6 +896,7 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     b->write = cuda_write;
     b->forward_backward = cuda_forward_backward;
     b->update = cuda_update;
+    b->abandon = cuda_abandon;
     b->evaluate = cuda_evaluate;
     b->pruning = cuda_pruning;
     b->decode_begin = cuda_decode_begin;

@@ -99,10 +99,18 @@ Collectives *collectives_open(const Ranks *ranks, FoxError *err) {
     return c;
 }
 
+void collectives_abandon(Collectives *c) {
+    ranks_guard(c->ranks, NULL);
+    ncclCommAbort(c->comm);
+    c->comm = NULL;
+}
+
 void collectives_close(Collectives *c) {
     if (c != NULL) {
         ranks_guard(c->ranks, NULL);
-        ncclCommDestroy(c->comm);
+        if (c->comm != NULL) {
+            ncclCommDestroy(c->comm);
+        }
         free(c);
     }
 }
@@ -127,6 +135,10 @@ Collectives *collectives_open(const Ranks *ranks, FoxError *err) {
     (void)ranks;
     fox_fail(err, "several GPUs need NCCL, and this program is built without it; install it (nccl.h, libnccl) and run make again");
     return NULL;
+}
+
+void collectives_abandon(Collectives *c) {
+    (void)c;
 }
 
 void collectives_close(Collectives *c) {

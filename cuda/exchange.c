@@ -82,6 +82,12 @@ void exchange_close(Exchange *x) {
     memset(x, 0, sizeof *x);
 }
 
+void exchange_abandon(Exchange *x) {
+    if (x->net != NULL) {
+        collectives_abandon(x->net);
+    }
+}
+
 /* `later` goes on when `earlier` has done what it holds now. */
 static void follow(const Exchange *x, cudaStream_t later, cudaStream_t earlier, cudaEvent_t event) {
     CUDA(x, cudaEventRecord(event, earlier));

@@ -50,6 +50,8 @@ int exchange_front(const Partition *, bool sharded, int64_t matrices);
 void exchange_prepare(Exchange *, const Partition *, bool sharded, int64_t matrices, float *grads, bf16 *grads_bf16, float *params,
                       bf16 *params_bf16);
 void exchange_close(Exchange *);
+/* Gives up what is under way; only exchange_close may follow. */
+void exchange_abandon(Exchange *);
 
 /* Gradients from element `from` on are complete as soon as `compute` has done what it holds now: they may leave. */
 void exchange_gradients(Exchange *, int64_t from, cudaStream_t compute);

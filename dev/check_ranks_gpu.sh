@@ -26,11 +26,32 @@ verdict() { # ok? TEXT
     if [ "$1" = 1 ]; then echo "ok      $2"; else echo "FAILED  $2"; failed=1; fi
 }
 
+# The processes of train_fox, without pgrep, which small containers lack.
+trainers() {
+    local p
+    for p in /proc/[0-9]*; do
+        [ "$(cat "$p/comm" 2>/dev/null)" != train_fox ] || echo "${p#/proc/}"
+    done
+}
+
+# guard SECONDS PID: waits for PID; kills every train_fox where that takes longer (a hang in NCCL's start has ten minutes of patience)
+guard() {
+    local dog code
+    (sleep "$1" && kill -KILL $(trainers)) >/dev/null 2>&1 &
+    dog=$!
+    wait "$2"
+    code=$?
+    kill $dog 2>/dev/null
+    wait $dog 2>/dev/null
+    return $code
+}
+
 # train GPUS OUT MODEL OPTIONS...: its output goes to build/ranks/OUT.log
 train() {
     local gpus=$1 out=$2 model=$3 code
     shift 3
-    launch "$gpus" ./train_fox -i $dir/data -o "$dir/$out" -e "$model" "$@" >"$dir/$out.log" 2>&1
+    launch "$gpus" ./train_fox -i $dir/data -o "$dir/$out" -e "$model" "$@" >"$dir/$out.log" 2>&1 &
+    guard "${LIMIT:-150}" $!
     code=$?
     [ $code = 0 ] || { echo "$out on $gpus GPUs: code $code; $(tail -n 2 "$dir/$out.log")"; }
     return $code
@@ -41,7 +62,8 @@ difference() { # KIND KEY A B
     for file in "$3" "$4"; do
         grep "\"kind\": \"$1\"" "$dir/$file/metrics.jsonl" | sed "s/.*\"step\": \([0-9]*\).*\"$2\": \([-0-9.e]*\).*/\1 \2/" >"$dir/$file.$1"
     done
-    awk 'NR == FNR { a[$1] = $2; next } $1 in a { d = a[$1] - $2; d = d < 0 ? -d : d; if (d > worst) worst = d; seen++ }
+    awk 'NR == FNR { a[$1] = $2; next } $1 in a { d = a[$1] == "" || $2 == "" ? 1e9 : a[$1] - $2; d = d < 0 ? -d : d; if (d > worst) worst = d
+        seen++ }
         END { print seen ? worst + 0 : "none" }' "$dir/$3.$1" "$dir/$4.$1"
 }
 
@@ -49,13 +71,13 @@ within() { # VALUE BOUND
     awk -v v="$1" -v b="$2" 'BEGIN { print (v != "none" && v <= b) ? 1 : 0 }'
 }
 
-# compare A B: losses and validations of two runs
+# compare A B BOUND: losses and validations of two runs
 compare() {
-    local loss val
+    local loss val bound=${3:-2e-3}
     loss=$(difference step loss "$1" "$2")
     val=$(difference validation loss "$1" "$2")
-    verdict "$(within "$loss" 2e-3)" "$1 against $2: losses within $loss (2e-3)"
-    verdict "$(within "$val" 1e-3)" "$1 against $2: validations within $val (1e-3)"
+    verdict "$(within "$loss" "$bound")" "$1 against $2: losses within $loss ($bound)"
+    verdict "$(within "$val" "$bound")" "$1 against $2: validations within $val ($bound)"
 }
 
 small="-T 4096 -b 4 -d 65536 --val-batches 16 --keep 0"
@@ -77,7 +99,7 @@ part_curves() {
     train "$n" many_z0 fox-pro-125m $small -x 100 -v 50 -n -1 -z 0
     train "$n" many_bf16 fox-pro-125m $small -x 100 -v 50 -n -1 -z 1 --grad-dtype bf16
     for run in many_z1 many_z0 many_bf16; do
-        compare one $run
+        compare one $run "$([ $run = many_bf16 ] && echo 1e-2 || echo 2e-3)"
         echo "        $run: median ms, tokens/s, exchange ms, exposed ms, GB, bus GB/s, GiB, pruned: $(step_medians $dir/$run/metrics.jsonl 3)"
     done
     echo "        one: $(step_medians $dir/one/metrics.jsonl 3)"
@@ -101,16 +123,22 @@ part_reshard() {
 lose() {
     local start seconds code pid victim
     rm -rf $dir/lost
-    launch "$n" ./train_fox -i $dir/data -o $dir/lost -e fox-pro-125m $small -x 100000 -n 20 -v 0 >$dir/lost.log 2>&1 &
+    launch "$n" ./train_fox -i $dir/data -o $dir/lost -e fox-pro-125m $small -x 100000 -n 20 -v 0 --hang-timeout 10 >$dir/lost.log 2>&1 &
     pid=$!
     for ((i = 0; i < 900; i++)); do
         [ -e $dir/lost/step_00000020 ] && break
         sleep 0.1
     done
-    victim=$(for p in $(pgrep -x train_fox); do tr '\0' '\n' <"/proc/$p/environ" | grep -qE "^(OMPI_COMM_WORLD_)?RANK=$((n - 1))$" && echo "$p"; done)
+    victim=$(for p in $(trainers); do tr '\0' '\n' <"/proc/$p/environ" | grep -qE "^(OMPI_COMM_WORLD_)?RANK=$((n - 1))$" && echo "$p"; done)
     start=$SECONDS
+    if [ -z "$victim" ]; then
+        verdict 0 "SIG$1: rank $((n - 1)) was not found: $(tail -n 1 $dir/lost.log)"
+        kill -KILL $(trainers) 2>/dev/null
+        wait $pid
+        return
+    fi
     kill -s "$1" $victim
-    wait $pid
+    guard 90 $pid
     code=$?
     seconds=$((SECONDS - start))
     if [ -n "$2" ]; then
@@ -121,7 +149,7 @@ lose() {
             "SIG$1 to rank $((n - 1)): code $code after $seconds s: $(tail -n 1 $dir/lost.log)"
     fi
     sleep 1
-    verdict "$([ -z "$(pgrep -x train_fox)" ] && echo 1 || echo 0)" 'no process is left'
+    verdict "$([ -z "$(trainers)" ] && echo 1 || echo 0)" 'no process is left'
     local newest
     newest=$(ls $dir/lost | sed -n 's/^step_0*//p' | tail -n 1)
     train "$n" lost fox-pro-125m $small -x $((newest + 3)) -n -1 -v 0 -y
@@ -154,7 +182,7 @@ part_memory() {
 part_stall() {
     local stall
     rm -rf $dir/stall
-    train "$n" stall fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 14 -v 0 -n 6 --keep 1
+    train "$n" stall fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 20 -v 0 -n 10 --keep 1
     grep '"kind": "checkpoint"' $dir/stall/metrics.jsonl
     # those in the middle of the run: the last one is waited for
     stall=$(grep '"kind": "checkpoint"' $dir/stall/metrics.jsonl | head -n 1 | sed 's/.*"stall_ms": \([0-9.]*\).*/\1/')
@@ -170,9 +198,9 @@ part_stall() {
     sleep 0.3
     local during
     during=$(ls $dir/stall | grep -c '^tmp_step_')
-    kill -KILL $(pgrep -x train_fox)
-    wait $pid
-    verdict "$([ "$during" = 1 ] && [ -e $dir/stall/step_00000014/state.json ] && echo 1 || echo 0)" \
+    kill -KILL $(trainers)
+    guard 60 $pid
+    verdict "$([ "$during" = 1 ] && [ -e $dir/stall/step_00000020/state.json ] && echo 1 || echo 0)" \
         "killed while a checkpoint was written: $(ls $dir/stall | grep step_ | tr '\n' ' ')"
     rm -rf $dir/stall
 }

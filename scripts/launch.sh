@@ -41,7 +41,7 @@ while [ ${#running[@]} -gt 0 ]; do
     running=("${left[@]}")
     if [ $status -ne 0 ] && [ -z "$killer" ] && [ ${#running[@]} -gt 0 ]; then
         (
-            trap 'kill $!; exit' TERM
+            trap 'kill $! 2>/dev/null; exit' TERM
             trap '' INT USR1
             sleep 10 &
             wait $!

@@ -90,6 +90,9 @@ typedef struct Backend {
     void (*forward_backward)(struct Backend *, const int32_t *tokens, const int32_t *targets, double scale);
     /* Ends the step: all ranks call it together. Synchronous. */
     void (*update)(struct Backend *, const AdamW *, StepStats *);
+    /* Instead of update(), when a rank failed: what the step has under way with the others is given up. Only read() and free()
+     * may follow. NULL where nothing is under way. */
+    void (*abandon)(struct Backend *);
     /* Forward only; losses: [B, T], cross entropy of each token. */
     void (*evaluate)(struct Backend *, const int32_t *tokens, const int32_t *targets, float *losses);
 

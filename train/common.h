@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #if defined(__GNUC__)
 #define FOX_PRINTF(fmt, first) __attribute__((__format__(__printf__, fmt, first)))
@@ -46,7 +47,8 @@ static inline bool fox_fail(FoxError *err, const char *format, ...) {
     return false;
 }
 
-/* Prints "fox: error: ..." on stderr and exits with code 1. For failures that no caller could handle. */
+/* Prints "fox: error: ..." on stderr and exits with code 1, at once: what runs at an exit could wait for a GPU that waits for
+ * another rank. For failures that no caller could handle. */
 FOX_PRINTF(1, 2)
 FOX_NORETURN static inline void fox_die(const char *format, ...) {
     va_list args;
@@ -55,7 +57,8 @@ FOX_NORETURN static inline void fox_die(const char *format, ...) {
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
-    exit(1);
+    fflush(NULL);
+    _exit(1);
 }
 
 /* Zeroed memory, aligned to 64 bytes; release with free(). Never returns NULL: out of memory is fox_die. For

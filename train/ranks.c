@@ -382,11 +382,12 @@ bool ranks_agree(const Ranks *ranks, uint64_t value) {
 
 bool ranks_everyone(const Ranks *ranks, bool ok, FoxError *err) {
     int size = ranks->size, rank = ranks->rank;
-    int lowest = size - ranks_max_int(ranks, ok ? 0 : size - rank);
-    if (lowest == size) {
+    // who has a message goes before who has none: the failure may have been agreed on before
+    int worst = ranks_max_int(ranks, ok ? 0 : size - rank + (err->text[0] != '\0' ? size : 0));
+    if (worst == 0) {
         return true;
     }
-    if (rank != lowest) {
+    if (rank != (worst > size ? 2 * size : size) - worst) {
         err->text[0] = '\0';
     }
     return false;

@@ -609,6 +609,9 @@ static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) 
 
 bool trainer_update(Trainer *t, bool ok, FoxError *err) {
     if (!everyone(t, ok, err)) {
+        if (t->backend.abandon != NULL) {
+            t->backend.abandon(&t->backend);
+        }
         return false;
     }
     AdamW adamw = adamw_of_step(t);

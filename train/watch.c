@@ -13,7 +13,7 @@
 #define SILENCE 40.0         /* seconds without any, after which a rank counts as stopped, until ranks_patience says otherwise */
 #define PAUSES 4             /* times the longest pause so far, which is no hang yet */
 #define REST 30              /* times as long may a rank rest */
-#define ABORT_SECONDS 10     /* a device may take to let go */
+#define ABORT_SECONDS 2      /* a device may take to let go: NCCL waits for the other ranks of the machine, which may be stopped */
 #define TEXT 600
 
 typedef enum Kind { STATUS = 1, FAILED, LEAVING } Kind;
@@ -54,6 +54,7 @@ struct Watch {
     double since, longest; /* last progress; longest pause */
     double patience, silence;
     RanksGuard guard;      /* check NULL: none */
+    int ending;            /* atomic: a thread ends this process */
 };
 
 /* ---- what the main thread says */
@@ -119,6 +120,7 @@ void watch_end(Watch *w) {
 
 void watch_patience(Watch *w, double progress_seconds, double silence) {
     pthread_mutex_lock(&w->mutex);
+    w->longest = progress_seconds == w->patience ? w->longest : 0; // the pauses of the start are not the usual ones
     w->patience = progress_seconds;
     w->silence = silence;
     pthread_mutex_unlock(&w->mutex);
@@ -161,6 +163,9 @@ static void tell(Watch *w, const Message *m) {
 }
 
 FOX_NORETURN static void end(Watch *w, const char *text, bool print) {
+    while (__atomic_exchange_n(&w->ending, 1, __ATOMIC_ACQ_REL)) {
+        pause(); // another thread ends this process: what fails here is a consequence
+    }
     if (print) {
         fprintf(stderr, "\ntrain_fox: error: %s; all ranks end\n", text);
         fflush(stderr);
