@@ -41,8 +41,8 @@
  *     dc_t = sum_j dS[t, j] - sum_i dS[i, t],    d log f_t = sum_{i >= t} dc_i  (in double)
  * On paper row sums of dS are zero, because delta_i = sum_j p_ij dP_ij. With O rounded to bf16 they are not, and the
  * cumulative sum would spread that error over the whole sequence. acp_dq_kernel, which runs first, therefore corrects
- * delta by the row sum it finds: for acp_dkdv_kernel, which rebuilds the same P and dP in float32, row sums are then
- * zero to float32 rounding, and dc is minus the column sums.
+ * delta by the row sum it finds: for acp_dkdv_kernel, which rebuilds P and dP in float32, row sums are then zero to
+ * float32 rounding, and dc is minus the column sums.
  *
  * Those kernels stand in cuda/portable_attention.cuh, for every chip from sm_80 on, and in cuda/hopper_forward.cuh and
  * hopper_backward.cuh (other tiles, the same pairs), chosen in acp_on_hopper. Outputs are the same bits in every run:
@@ -223,7 +223,8 @@ static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
     for (int i = 0; i < EACH; i++) {
         own += value(tid * EACH + i);
     }
-    double sum = acp_block_scan(own, scratch, AcpAdd()) - own + start;
+    double sum = acp_block_scan(own, scratch, AcpAdd()) - own;
+    sum += start; /* written before the barriers of the scan */
     for (int i = 0; i < EACH; i++) {
         sum += value(tid * EACH + i);
         value(tid * EACH + i) = sum;
@@ -425,7 +426,7 @@ static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, in
  * given up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once.
  * */
 template <int D>
-static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float budget) {
+static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float log_budget) {
     __shared__ float mean[D], scratch[4], upto;
     __shared__ int stop;
     constexpr int LANES = D / 8, ROWS = 128 / LANES;
@@ -474,10 +475,10 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
         float mass = 0, spent = upto;
         if (n < m) {
             float4 key = work.keys[at + n];
-            mass = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y);
+            mass = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y - log_budget);
         }
         spent += acp_block_scan(mass, scratch, AcpAdd());
-        if (!(spent <= budget)) {
+        if (!(spent <= 1.0f)) { /* in units of the budget, which may itself be too small for float32 */
             atomicMin(&stop, n);
         }
         __syncthreads();
@@ -686,7 +687,8 @@ static __device__ constexpr float acp_root() {
     return D == 64 ? 0.125f : 0.08838834764831845f;
 }
 
-/* P = exp2(s scale + (offset_i + (lift_j + shift))): written once, so that both kernels round alike. */
+/* P = exp2(s scale + (offset + key)), key = lift_j + shift and offset that of the query; where it is cheaper, shift
+ * stands with offset instead. */
 static __device__ __forceinline__ float acp_weight(float s, float scale, float offset, float key) {
     return acp_exp2(fmaf(s, scale, offset + key));
 }
@@ -712,7 +714,9 @@ static void acp_launch(void (*kernel)(const Args), int blocks, int threads, size
 static bool acp_on_hopper(const AcpShape *shape) {
     cudaFuncAttributes kernel;
     CUDA_CHECK(cudaFuncGetAttributes(&kernel, hopper_dq_kernel<64>));
-    return !shape->portable && kernel.ptxVersion >= 90; /* 80: compiled by the driver, without Hopper's instructions */
+    /* ptxVersion 80: compiled by the driver for another chip. Few registers: for sm_90 without Hopper's own
+     * instructions (sm_90a has them), and so empty. */
+    return !shape->portable && kernel.ptxVersion == 90 && kernel.numRegs >= 100;
 }
 
 /* The order of thread blocks for the kernels that follow, in forward and backward. */
@@ -793,7 +797,7 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
         acp_history_kernel<<<BH, 1024, 0, stream>>>(in.blocks, D, work);
         CUDA_CHECK_LAUNCH();
         /* the same allowance for float32 as in cpu/acp.h */
-        acp_query_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work, (float)exp(shape->log_tolerance - 0.02));
+        acp_query_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work, (float)(shape->log_tolerance - 0.02));
         CUDA_CHECK_LAUNCH();
     }
     acp_ranges_kernel<<<BH, 256, 0, stream>>>(ranges, saved, work);

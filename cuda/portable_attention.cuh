@@ -255,10 +255,12 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
                           in.T - q0 - row0);
 }
 
-/* Queries per step, and how many of them at a time; 16-row fragments of keys per warp. */
+/* Queries per step, and how many of them at a time; 16-row fragments of keys per warp. Shared memory stays below the 99
+ * KiB that sm_86, sm_89 and sm_120 have. */
 template <int D>
 struct AcpDkdvTraits {
-    static constexpr int QUERIES = 64, PART = 32, MT = D == 64 ? 2 : 1, THREADS = ACP_BLOCK / (16 * MT) * 32;
+    static constexpr int QUERIES = D == 64 ? 64 : 32, PART = 32, MT = D == 64 ? 2 : 1,
+                         THREADS = ACP_BLOCK / (16 * MT) * 32;
     static constexpr int RESIDENT = D == 64 ? 2 : 1; /* thread blocks on a multiprocessor */
 };
 

@@ -82,7 +82,7 @@ def bench_official(code, folder, T, batch_tokens, micro_batch, acp, recompute, s
                                   lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
     tokens, _ = official.open_shard(folder / "random_train.bin")
     stream = torch.as_tensor(np.array(tokens, dtype=np.int64))
-    gates = measure_gates(code, model, stream[:T].view(1, T).cuda())
+    gates = measure_gates(code, model, stream[:T * micro_batch].view(micro_batch, T).cuda())
     rows, count = batch_tokens // T, batch_tokens // (T * micro_batch)
     torch.cuda.reset_peak_memory_stats()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + warmup + 1)]

@@ -173,6 +173,8 @@ class Bench:
             peers["fla"] = fla_peer(self.fla, x)
         if "flex" in self.wanted and flex and first is not None:
             peers["flex"] = flex_peer(self.flex, x, first)
+        elif "flex" in self.wanted and flex:
+            print("flex is left out: its ranges come from ours or portable", flush=True)
         for name in ("cudnn", "flash"):
             if name in self.wanted:
                 peers[name] = dense_peer(f"{name.upper()}_ATTENTION", x)

@@ -110,7 +110,7 @@ if [ -n "$one" ]; then # one part by itself: what a run under the limit is
 fi
 failed=0
 table=''
-[ "$parts" = report ] || rm -f "$logs/parts.tsv"
+[ "${parts# }" = report ] || rm -f "$logs/parts.tsv"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null || echo 'no NVIDIA GPU here'
 for part in $parts; do
     started=$(date +%s)

@@ -41,7 +41,7 @@ GROUPS = (
     ("attention forward", ("acp_forward", "hopper_forward", "_fwd_kernel.attention")),
     ("attention dQ", ("acp_dq", "hopper_dq", "_bwd_q_kernel")),
     ("attention dK, dV", ("acp_dkdv", "hopper_dkdv", "_bwd_kv_kernel")),
-    ("attention ranges, sums", ("acp_", "hopper_", "_index_kernel", "_bwd_preprocess")),
+    ("attention ranges, sums", ("acp_", "hopper_", "start_index_kernel", "end_index_kernel", "_bwd_preprocess")),
     ("norms", ("residual_norm", "norm_backward", "sum_partials", "layer_norm_fwd", "layer_norm_bwd")),
     ("shift, QK-norm, gates", ("qkv_", "output_gate_", "shift_fwd", "shift_bwd", "layer_norm_gated", "rotary")),
     ("SwiGLU", ("swiglu",)),

@@ -73,7 +73,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / file_name(result["device"])
     path.write_text(json.dumps(result, indent=1) + "\n")
-    found = [key for key in ("parts", "layers", "attention", "profile", "deterministic", "speed") if key in result]
+    found = [key for key in ("parts", "layers", "attention", "peers", "profile", "deterministic", "speed") if key in result]
     print(f"{path}: {', '.join(found) or 'nothing'}")
 
 

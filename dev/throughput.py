@@ -84,7 +84,7 @@ def time_ours(args, folder, model, T, acp):
                                     "-d", tokens, "-x", args.warmup + args.steps, "-l", RATE, "--acp", acp, "-v", 0, "--pruning-every", 0,
                                     *options_of(args))
     except SystemExit as error:
-        if "memory" not in str(error):
+        if "GiB of GPU memory" not in str(error) and "out of memory" not in str(error):
             raise
         return dict(row, out_of_memory=True)
     finally:
@@ -176,7 +176,10 @@ def measure(args, result, save):
                     add(row, weights)
             for row in time_official(args, folder, model) if args.official else []:
                 if args.profile_official and can_profile and not row.get("out_of_memory"):
-                    row.update(profile_official(args, folder, model, row["context"], row["acp"]))
+                    try:
+                        row.update(profile_official(args, folder, model, row["context"], row["acp"]))
+                    except SystemExit as error:
+                        print(f"no profile of the official program: {str(error).splitlines()[0]}", flush=True)
                 add(row, weights)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

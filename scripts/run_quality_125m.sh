@@ -16,7 +16,7 @@
 # Needs a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass (scripts/data_*.sh, .py). Results:
 # $OUT.json, $OUT.txt, $OUT.png (build/quality_125m). $KEEP (build/quality_125m): every run's folder with metrics.jsonl and its last
 # checkpoint, for scripts/figure_*.py and `scripts/throughput_table.sh --checkpoint`. Further options go to dev/compare_training.py.
-set -u
+set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 fail() {
     echo "run_quality_125m.sh: error: $*" >&2
@@ -26,6 +26,8 @@ fail() {
 data=$1
 shift
 out=${OUT:-build/quality_125m}
+[ -z "${OUT:-}" ] || [ ! -d "$OUT" ] || out=$OUT/quality_125m
+mkdir -p "$(dirname "$out")"
 keep=${KEEP:-build/quality_125m}
 python=${PYTHON:-python3}
 [ -d "$data" ] || fail "$data: no folder there; scripts/data_fineweb.sh makes one"
@@ -44,7 +46,7 @@ for run in ${RUNS:-off paper tight transformer paper@2}; do
         echo "$run: done already"
         continue
     fi
-    compare "$run" "$@" >"$out.log" 2>&1 || fail "$(tail -n 1 "$out.log")"
+    compare "$run" "$@" >"$out.log" 2>&1 || fail "$(grep . "$out.log" | tail -n 2)"
     grep "^$run: " "$out.log"
 done
 rm -f "$out.log"
