@@ -13,7 +13,7 @@
 #   memory      760M on N GPUs, -z 1 and -z 0: the table against what the runtime says, within 3%
 #   stall       760M on N GPUs: a checkpoint during training costs less than 1 s; a kill while one is written leaves the one before
 #
-# LAUNCH: what starts N ranks (scripts/launch.sh). Output below build/ranks/. Exit code 1 when something failed.
+# LAUNCH: what starts N ranks (scripts/launch.sh; "mpirun --bind-to none -np"). Output below build/ranks/. Exit code 1 when something failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . scripts/scaling_lib.sh

@@ -13,7 +13,7 @@
 # this machine becomes tokens below build/scaling/data. Prints a table and writes $OUT (docs/results/scaling_Ngpu.json).
 #   exchange   the exchange stream's own time in a step: gradients of this step, parameters of the one before
 #   exposed    of it, what the computing stream waited for; bus GB/s: bytes that every GPU sent over the exchange's time
-# LAUNCH: what starts N ranks (scripts/launch.sh). B_125, B_760: sequences in a micro-batch (2). EXTRA: more options.
+# LAUNCH: what starts N ranks (scripts/launch.sh; "mpirun --bind-to none -np"). B_125, B_760: sequences in a micro-batch (2). EXTRA: more options.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . scripts/scaling_lib.sh
