@@ -17,7 +17,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #if defined(__GNUC__)
 #define FOX_PRINTF(fmt, first) __attribute__((__format__(__printf__, fmt, first)))
@@ -58,7 +57,7 @@ FOX_NORETURN static inline void fox_die(const char *format, ...) {
     fputc('\n', stderr);
     va_end(args);
     fflush(NULL);
-    _exit(1);
+    _Exit(1);
 }
 
 /* Zeroed memory, aligned to 64 bytes; release with free(). Never returns NULL: out of memory is fox_die. For
