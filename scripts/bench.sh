@@ -26,7 +26,8 @@ while [ $# -gt 0 ]; do
     --fla) fla=$2; shift ;;
     --out) out=$2; shift ;;
     attention | layers | peers | steps | profile) parts="$parts $1" ;;
-    *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 1 ;;
+    --help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit ;;
+    *) echo "bench.sh: error: no option or part $1; see --help" >&2; exit 1 ;;
     esac
     shift
 done
@@ -74,7 +75,7 @@ steps() {
     need_official
     make -s train_fox
     for run in ${STEPS:-fox-pro-125m:16384 fox-pro-360m:16384 fox-pro-760m:4096 fox-pro-760m:16384}; do
-        "$python" dev/bench_official.py --official "$official" --model "${run%:*}" -T "${run#*:}" --acp paper tight \
+        "$python" dev/bench_official.py --official "$official" --model "${run%:*}" -T "${run#*:}" --acp off paper tight \
             --ours ./train_fox --out "$out/speed-${run%:*}-${run#*:}.json"
     done
 }

@@ -45,7 +45,7 @@ static const Option options[] = {
     {"--vocab", NULL, OPTION_TEXT, "FILE", 0, 0, offsetof(Settings, vocab),
      "GPT-2 vocabulary: .tiktoken, vocab.json, or their folder (256 bytes)"},
     {"--val-fraction", NULL, OPTION_FRACTION, "F", 0, 0, offsetof(Settings, val_fraction),
-     "share of the documents for validation, 0 to 1 (0.01)"},
+     "share of the documents for validation, from 0 to below 1 (0.01)"},
     {"--shard-tokens", NULL, OPTION_INTEGER, "N", 1, 1400000000, offsetof(Settings, shard_tokens),
      "tokens in a shard (100000000); a rest below N/2 joins the last one"},
     {"--json-escape", NULL, OPTION_FLAG, "", 0, 0, offsetof(Settings, json_escape),

@@ -17,12 +17,20 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . scripts/scaling_lib.sh
+fail() {
+    echo "scaling.sh: error: $*" >&2
+    exit 1
+}
+[ $# -eq 0 ] || fail 'takes no arguments, but variables: GPUS, STEPS, STRONG, OUT, ...; the first lines of this file tell which'
+command -v nvidia-smi >/dev/null || fail 'no NVIDIA GPU here (nvidia-smi is not found)'
+[ -x train_fox ] && [ -x make_shards ] || fail 'train_fox or make_shards is missing: run make first'
 found=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
 gpus=
 for n in ${GPUS:-1 2 4}; do
     [ "$n" -gt "$found" ] || gpus="$gpus $n"
 done
 gpus=${gpus# }
+[ -n "$gpus" ] || fail "none of GPUS=\"${GPUS:-1 2 4}\" fits the $found GPUs of this machine"
 out=${OUT:-docs/results/scaling_${gpus##* }gpu.json}
 make_data build/scaling/data
 
@@ -69,6 +77,7 @@ if [ "${STRONG:-1}" != 0 ]; then
     done
 fi
 
+[ -n "$rows" ] || fail 'no run ended well; nothing is written'
 chip=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 mkdir -p "$(dirname "$out")"
 {

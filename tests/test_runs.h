@@ -782,6 +782,66 @@ static void test_run_not_finite(Tests *t, const RunFixture *f) {
     check(t, access(dir, F_OK) != 0, "a NaN: no checkpoint of the last refused step");
 }
 
+/* Changes a byte in the middle of ROOT/name: of its data, not of its header. */
+static void run_damage(Tests *t, const RunFixture *f, const char *name) {
+    char path[1300];
+    snprintf(path, sizeof path, "%s/%s", f->root, name);
+    FILE *file = fopen(path, "r+b");
+    if (check(t, file != NULL && fseek(file, 0, SEEK_END) == 0, "%s can be opened", path)) {
+        long middle = ftell(file) / 2;
+        fseek(file, middle, SEEK_SET);
+        int byte = fgetc(file);
+        fseek(file, middle, SEEK_SET);
+        fputc(byte ^ 0x40, file);
+        fclose(file);
+    }
+}
+
+static void run_expect_error(Tests *t, const RunFixture *f, const char *what, const char *command, const char *words) {
+    int code = run_command(f, command);
+    char *text = run_output(f, "stderr");
+    check(t, code == 1 && strstr(text, words) != NULL, "%s: expected code 1 and '%s', found code %d: %s", what, words, code, text);
+    free(text);
+}
+
+/* What would be lost without a word: moments that changed on the disk, weights that did, records of an earlier run, and a
+ * folder that two runs write into. */
+static void test_run_nothing_lost(Tests *t, const RunFixture *f) {
+    char command[4096];
+    run_train_command(f, "damaged", "-x 4 -n 4", command);
+    run_expect(t, f, "4 steps", run_command(f, command), 0);
+    run_damage(t, f, "damaged/step_00000004/optimizer-00000-of-00001.safetensors");
+    run_train_command(f, "damaged", "-x 8 -n 4 -y", command);
+    run_expect_error(t, f, "damaged moments", command, "optimizer file is damaged");
+    run_damage(t, f, "damaged/step_00000004/model.safetensors");
+    run_expect_error(t, f, "damaged weights", command, "the checkpoint is damaged");
+    snprintf(command, sizeof command, "%s -i data -o damaged -e damaged/step_00000004 -T 16 --eval", f->program);
+    run_expect_error(t, f, "--eval of damaged weights", command, "the checkpoint is damaged");
+
+    run_train_command(f, "again", "-x 2 -n -1", command);
+    run_expect(t, f, "a run without checkpoints", run_command(f, command), 0);
+    char *first = run_output(f, "again/metrics.jsonl");
+    run_expect(t, f, "the same again", run_command(f, command), 0);
+    char *kept = run_output(f, "again/metrics-1.jsonl");
+    check(t, strlen(first) > 100 && strcmp(first, kept) == 0, "the records of the earlier run are kept: '%s'", kept);
+    free(first);
+    free(kept);
+
+    run_train_command(f, "shared", "-x 100000 -n 0", command);
+    pid_t child = run_start(f, command, 1, 0);
+    RunLog log;
+    double deadline = fox_now() + 60;
+    do {
+        run_sleep(0.02);
+        run_read_log(f, "shared", &log);
+    } while (log.last < 2 && fox_now() < deadline);
+    run_expect_error(t, f, "a second run in the same folder", command, "another run is writing there");
+    kill(child, SIGKILL);
+    run_wait(child);
+    run_train_command(f, "shared", "-x 2 -n 0 -y", command);
+    run_expect(t, f, "after its end", run_command(f, command), 0);
+}
+
 static void test_runs(Tests *t) {
     RunFixture f;
     memset(&f, 0, sizeof f);
@@ -796,6 +856,7 @@ static void test_runs(Tests *t) {
     test_run_full_disk(t, &f);
     test_run_bad_input(t, &f);
     test_run_not_finite(t, &f);
+    test_run_nothing_lost(t, &f);
 }
 
 #ifdef FOX_CUDA

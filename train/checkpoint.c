@@ -432,15 +432,15 @@ static uint64_t sum_hashes(const Ranks *ranks, uint64_t mine) {
     return sum;
 }
 
-/* Of the part of the parameters that `rank` owns. */
-static uint64_t hash_share(Backend *backend, const Partition *p, int rank) {
+/* Of the part of `what` that `rank` owns. */
+static uint64_t hash_share(Backend *backend, FoxBuffer what, const Partition *p, int rank) {
     float *values = FOX_NEW(float, PIECE);
     uint64_t hash = 0;
     for (int k = 0; k < p->buckets; k++) {
         Piece piece = partition_piece(p, k, rank);
         for (int64_t done = 0; done < piece.count; done += PIECE) {
             int64_t n = fox_min64(piece.count - done, PIECE);
-            backend->read(backend, FOX_PARAMS, piece.start + done, n, values);
+            backend->read(backend, what, piece.start + done, n, values);
             hash += hash_grains(piece.start + done, n, values);
         }
     }
@@ -449,12 +449,17 @@ static uint64_t hash_share(Backend *backend, const Partition *p, int rank) {
 }
 
 uint64_t checkpoint_param_hash(Backend *backend, const Ranks *ranks) {
-    return sum_hashes(ranks, hash_share(backend, &backend->partition, ranks->rank));
+    return sum_hashes(ranks, hash_share(backend, FOX_PARAMS, &backend->partition, ranks->rank));
+}
+
+static uint64_t moment_hash(Backend *backend, const Ranks *ranks) {
+    return sum_hashes(ranks, hash_share(backend, FOX_ADAM_M, &backend->partition, ranks->rank) +
+                                 3 * hash_share(backend, FOX_ADAM_V, &backend->partition, ranks->rank));
 }
 
 bool checkpoint_same_params(Backend *backend, const Ranks *ranks) {
     Partition everything = partition_create(backend->table.total, 1);
-    return !backend->whole_params || ranks_agree(ranks, hash_share(backend, &everything, 0));
+    return !backend->whole_params || ranks_agree(ranks, hash_share(backend, FOX_PARAMS, &everything, 0));
 }
 
 /* ---- the state --------------------------------------------------------------------------------------------------- */
@@ -510,6 +515,7 @@ static bool state_from_json(const Json *root, const char *what, TrainState *s, i
               get_hex(root, what, "data_hash", &s->data_hash, err) &&
               get_count(root, what, "skipped_in_a_row", &skipped, err) &&
               get_hex(root, what, "param_hash", &s->param_hash, err) &&
+              (json_get(root, "moment_hash") == NULL || get_hex(root, what, "moment_hash", &s->moment_hash, err)) &&
               get_count(root, what, "optimizer_files", files, err);
     if (!ok) {
         return false;
@@ -553,7 +559,7 @@ bool checkpoint_read_state(const char *dir, TrainState *state, FoxError *err) {
            ((access(path, F_OK) != 0 && errno == ENOENT) || read_state(dir, state, &files, err));
 }
 
-static bool write_state(const char *dir, const TrainState *s, uint64_t param_hash, const char *settings,
+static bool write_state(const char *dir, const TrainState *s, uint64_t param_hash, uint64_t moments, const char *settings,
                         FoxError *err) {
     char path[PATH_SIZE];
     if (!join(path, dir, "state.json", err)) {
@@ -567,7 +573,8 @@ static bool write_state(const char *dir, const TrainState *s, uint64_t param_has
         fprintf(out, "  \"data_hash\": \"0x%016" PRIx64 "\",\n", s->data_hash);
         fprintf(out, "  \"skipped_in_a_row\": %d,\n  \"best_val_loss\": ", s->skipped_in_a_row);
         json_write_number(out, s->best_val_loss);
-        fprintf(out, ",\n  \"param_hash\": \"0x%016" PRIx64 "\",\n  \"optimizer_files\": 1,\n", param_hash);
+        fprintf(out, ",\n  \"param_hash\": \"0x%016" PRIx64 "\",\n  \"moment_hash\": \"0x%016" PRIx64 "\",\n", param_hash, moments);
+        fprintf(out, "  \"optimizer_files\": 1,\n");
         fprintf(out, "  \"settings\": %s\n}\n", settings);
     }
     return file_finish(out, path, err);
@@ -662,7 +669,12 @@ bool checkpoint_load_state(const char *dir, Backend *backend, const Ranks *ranks
     uint64_t hash = checkpoint_param_hash(backend, ranks);
     return ranks_everyone(ranks, hash == state->param_hash ||
                           fox_fail(err, "%s: the parameters have hash %016" PRIx64 ", state.json says %016" PRIx64
-                                   ": the checkpoint is damaged", dir, hash, state->param_hash), err);
+                                   ": the checkpoint is damaged; remove it and -y goes on from the one before", dir, hash,
+                                   state->param_hash), err) &&
+           (state->moment_hash == 0 ||
+            ranks_everyone(ranks, moment_hash(backend, ranks) == state->moment_hash ||
+                           fox_fail(err, "%s: its optimizer file is damaged: the moments have another hash than state.json says; remove "
+                                    "the checkpoint and -y goes on from the one before", dir), err));
 }
 
 /* ---- saving ------------------------------------------------------------------------------------------------------ */
@@ -856,9 +868,9 @@ static bool write_params(CheckpointWriter *w, Piece piece, FoxError *err) {
 }
 
 /* This rank's part of the checkpoint, from the copy to the disk; *hash: of its parameters. */
-static bool write_part(CheckpointWriter *w, uint64_t *hash, FoxError *err) {
+static bool write_part(CheckpointWriter *w, uint64_t *hash, uint64_t *moment_hash, FoxError *err) {
     const Partition *p = &w->backend->partition;
-    *hash = 0;
+    *hash = *moment_hash = 0;
     for (int k = 0; k < p->buckets; k++) {
         Piece piece = partition_piece(p, k, w->ranks->rank);
         *hash += hash_grains(piece.start, piece.count, copy_of(w, FOX_PARAMS) + piece.local);
@@ -867,6 +879,7 @@ static bool write_part(CheckpointWriter *w, uint64_t *hash, FoxError *err) {
         }
         for (int i = 0; i < 2; i++) {
             const float *moments = copy_of(w, i == 0 ? FOX_ADAM_M : FOX_ADAM_V) + piece.local;
+            *moment_hash += (i == 0 ? 1 : 3) * hash_grains(piece.start, piece.count, moments);
             const SafeTensor *t = safetensors_find(&w->optimizer, moment_names[i]);
             if (!safetensors_write_float(&w->optimizer, t, piece.start, piece.count, moments, err)) {
                 return false;
@@ -879,14 +892,15 @@ static bool write_part(CheckpointWriter *w, uint64_t *hash, FoxError *err) {
 static void *write_in_thread(void *context) {
     CheckpointWriter *w = (CheckpointWriter *)context;
     FoxError why;
-    uint64_t hash;
+    uint64_t hash, moments;
     double start = fox_now();
     why.text[0] = '\0';
-    bool ok = write_part(w, &hash, &why);
+    bool ok = write_part(w, &hash, &moments, &why);
     pthread_mutex_lock(&w->mutex);
     w->ok = ok;
     w->why = why;
     w->hash = hash;
+    w->moment_hash = moments;
     w->seconds = fox_now() - start;
     w->written = true;
     pthread_mutex_unlock(&w->mutex);
@@ -894,9 +908,9 @@ static void *write_in_thread(void *context) {
 }
 
 /* Rank 0, when all parts are written: the last file, then the name. */
-static bool publish_files(const CheckpointWriter *w, uint64_t hash, FoxError *err) {
+static bool publish_files(const CheckpointWriter *w, uint64_t hash, uint64_t moments, FoxError *err) {
     Names n;
-    if (!names_of(&n, w->out_dir, w->state.step, err) || !write_state(n.tmp, &w->state, hash, w->settings, err) ||
+    if (!names_of(&n, w->out_dir, w->state.step, err) || !write_state(n.tmp, &w->state, hash, moments, w->settings, err) ||
         !sync_directory(n.tmp, err) || !publish(n.tmp, n.final, n.old, err) || !sync_directory(w->out_dir, err)) {
         return false;
     }
@@ -972,8 +986,8 @@ bool checkpoint_finish(CheckpointWriter *w, FoxError *err) {
     close_files(w);
     bool ok = ranks_everyone(w->ranks, w->ok || fox_fail(err, "%s", w->why.text), err);
     if (ok) {
-        uint64_t hash = sum_hashes(w->ranks, w->hash);
-        ok = ranks_everyone(w->ranks, w->ranks->rank != 0 || publish_files(w, hash, err), err);
+        uint64_t hash = sum_hashes(w->ranks, w->hash), moments = sum_hashes(w->ranks, w->moment_hash);
+        ok = ranks_everyone(w->ranks, w->ranks->rank != 0 || publish_files(w, hash, moments, err), err);
     }
     if (!ok) {
         discard_files(w);

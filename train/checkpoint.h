@@ -37,6 +37,7 @@ typedef struct TrainState {
     int skipped_in_a_row;  /* updates refused for a non-finite loss or norm just before */
     double best_val_loss;  /* smallest validation loss so far; NAN when there was none */
     uint64_t param_hash;   /* hash of the parameters; checkpoint_save computes it, checkpoint_load_state checks it */
+    uint64_t moment_hash;  /* the same of Adam's moments; 0: an older checkpoint, which has none */
 } TrainState;
 
 /* Reads config.json of a checkpoint directory. Missing optional keys take the official defaults; an option this program
@@ -76,7 +77,7 @@ typedef struct CheckpointWriter {
     pthread_mutex_t mutex; /* guards what follows */
     bool written, ok;
     FoxError why;
-    uint64_t hash; /* of this rank's part of the parameters */
+    uint64_t hash, moment_hash; /* of this rank's part of the parameters, and of Adam's moments */
 } CheckpointWriter;
 
 /* Takes the main memory for the copy: three floats a parameter, over all ranks. `settings` is a JSON object of the run's

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define LIVE_LINE_SECONDS 0.25 /* on a terminal: seconds between two states of the line; mpirun's is full soon when nobody reads */
@@ -62,21 +63,35 @@ void metrics_begin(Metrics *m, bool active) {
     m->terminal = isatty(STDOUT_FILENO) == 1;
 }
 
-static bool open_file(Metrics *m, const char *path, int flags, FoxError *err) {
-    m->fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | flags, 0666);
+static bool open_file(Metrics *m, const char *path, FoxError *err) {
+    m->fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     return m->fd >= 0 || fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
+}
+
+/* The records of an earlier run, which left no checkpoint, get a name of their own: metrics-1.jsonl, -2, ... */
+static bool keep_earlier(const char *path, FoxError *err) {
+    char kept[1100];
+    struct stat earlier;
+    if (stat(path, &earlier) != 0 || earlier.st_size == 0) {
+        return true;
+    }
+    int stem = (int)strlen(path) - (int)strlen(".jsonl"), number = 0;
+    do {
+        snprintf(kept, sizeof kept, "%.*s-%d.jsonl", stem, path, ++number);
+    } while (access(kept, F_OK) == 0);
+    return rename(path, kept) == 0 || fox_fail(err, "%s: cannot be renamed to %s: %s", path, kept, strerror(errno));
 }
 
 bool metrics_open(Metrics *m, const char *out_dir, int64_t step, FoxError *err) {
     char path[1080];
     snprintf(path, sizeof path, "%s/metrics.jsonl", out_dir);
-    return !m->active || ((step == 0 || cut_after(path, step, err)) && open_file(m, path, step > 0 ? 0 : O_TRUNC, err));
+    return !m->active || ((step == 0 ? keep_earlier(path, err) : cut_after(path, step, err)) && open_file(m, path, err));
 }
 
 bool metrics_open_eval(Metrics *m, const char *out_dir, FoxError *err) {
     char path[1080];
     snprintf(path, sizeof path, "%s/eval.jsonl", out_dir);
-    return !m->active || open_file(m, path, 0, err);
+    return !m->active || open_file(m, path, err);
 }
 
 /* A record under construction in memory. It must stay where it is: the stream writes to its fields. */

@@ -2,7 +2,10 @@
 
 #include "schedule.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 
 #define ADAM_BETA1 0.9
 #define ADAM_BETA2 0.95
@@ -211,9 +214,22 @@ bool trainer_open_data(Trainer *t, FoxError *err) {
     return true;
 }
 
+/* One run at a time writes into a folder: the lock on it is held until the process ends. File systems without locks go without. */
+static bool lock_output(const char *out, FoxError *err) {
+    int fd = make_directories(out, err) ? open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        close(fd);
+        return fox_fail(err, "%s: another run is writing there; wait for its end, or choose another -o", out);
+    }
+    return err->text[0] == '\0';
+}
+
 /* Looks for the run to resume. Only rank 0 looks, so that all go on from the same checkpoint. */
 static bool find_run(Trainer *t, FoxError *err) {
     const Options *o = &t->options;
+    if (t->ranks.rank == 0 && !lock_output(o->out, err)) {
+        return false;
+    }
     bool found = t->ranks.rank == 0 && checkpoint_latest(o->out, t->resume_dir, err);
     if (!found) {
         t->resume_dir[0] = '\0';
@@ -322,7 +338,11 @@ static bool fill_backend(Trainer *t, FoxError *err) {
     }
     if (t->options.eval) {
         return everyone(t, checkpoint_read_state(t->options.model, &t->state, err), err) &&
-               checkpoint_load_model(t->options.model, b, &t->ranks, err);
+               checkpoint_load_model(t->options.model, b, &t->ranks, err) &&
+               (t->state.param_hash == 0 || // a model alone
+                everyone(t, checkpoint_param_hash(b, &t->ranks) == t->state.param_hash ||
+                         fox_fail(err, "%s: the weights are not those that its state.json tells of: the checkpoint is damaged",
+                                  t->options.model), err));
     }
     t->state.seed = (uint64_t)t->options.seed;
     t->state.windows = t->train.windows;
@@ -513,6 +533,9 @@ void trainer_begin_save(Trainer *t) {
     FoxError err;
     err.text[0] = '\0';
     attend_save(t, true);
+    if (t->state.skipped_in_a_row > 0) {
+        return; // the weights may be what is not finite: the earlier checkpoints must not make way for them
+    }
     ranks_resting(&t->ranks);
     warn_of_save(t, checkpoint_begin(&t->writer, &t->state, &err), &err);
 }
