@@ -131,13 +131,13 @@ static PackedLayout packed_layout(const FoxConfig *c) {
     p.fgate = c->use_forget_gate ? at : -1;
     at += c->use_forget_gate ? H : 0;
     p.columns = at;
-    p.row = (at + PADDING - 1) / PADDING * PADDING;
+    p.row = (int)fox_round_up(at, PADDING);
     return p;
 }
 
 /* Rows of the packed weights, those of padding (zeros) included. */
 static int64_t packed_rows(const PackedLayout *p) {
-    return (p->columns + FOX_PACKED_ROWS - 1) / FOX_PACKED_ROWS * FOX_PACKED_ROWS;
+    return fox_round_up(p->columns, FOX_PACKED_ROWS);
 }
 
 /* Buckets of the flat space at its beginning whose float32 parameters every rank keeps whole; the others are sharded. */

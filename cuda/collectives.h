@@ -18,7 +18,7 @@ typedef struct Collectives Collectives;
 /* Connects the current devices of all ranks, and has the watch look after them. NULL and an error when the program is built
  * without NCCL or two ranks have the same GPU; what NCCL itself reports ends all ranks. Collective. */
 Collectives *collectives_open(const Ranks *, FoxError *);
-/* Ends what is under way, wrong; only collectives_close may follow. */
+/* Ends what is under way here, with wrong results, without the other ranks; only collectives_close may follow. */
 void collectives_abandon(Collectives *);
 /* Safe on NULL. */
 void collectives_close(Collectives *);

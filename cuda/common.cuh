@@ -86,9 +86,4 @@ static __device__ __forceinline__ float device_sigmoid(float x) {
     return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
-/* Smallest multiple of `step` that is not below x. */
-static inline int64_t round_up(int64_t x, int64_t step) {
-    return (x + step - 1) / step * step;
-}
-
 #endif

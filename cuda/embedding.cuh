@@ -151,7 +151,7 @@ static __global__ void embedding_backward_kernel(float *dw, const float *dx, Emb
 
 void cuda_embedding_forward(float *x, const int32_t *tokens, const float *w, int64_t N, int d, cudaStream_t stream) {
     CUDA_REQUIRE(d % 4 == 0 && d > 0, "the width must be a multiple of 4");
-    embedding_forward_kernel<<<(unsigned)N, d / 4 < 128 ? (unsigned)round_up(d / 4, 32) : 128, 0, stream>>>(x, tokens,
+    embedding_forward_kernel<<<(unsigned)N, d / 4 < 128 ? (unsigned)fox_round_up(d / 4, 32) : 128, 0, stream>>>(x, tokens,
                                                                                                             w, d);
     CUDA_CHECK_LAUNCH();
 }

@@ -50,7 +50,7 @@ int exchange_front(const Partition *, bool sharded, int64_t matrices);
 void exchange_prepare(Exchange *, const Partition *, bool sharded, int64_t matrices, float *grads, bf16 *grads_bf16, float *params,
                       bf16 *params_bf16);
 void exchange_close(Exchange *);
-/* Gives up what is under way; only exchange_close may follow. */
+/* Gives up the sums and copies under way, without the other ranks; only exchange_close may follow. */
 void exchange_abandon(Exchange *);
 
 /* Gradients from element `from` on are complete as soon as `compute` has done what it holds now: they may leave. */

@@ -25,7 +25,7 @@ static inline HeadGrid head_grid(int H, int D) {
     }
     int heads = HEAD_THREADS / grid.lanes;
     grid.groups = (H + heads - 1) / heads;
-    grid.threads = (int)round_up((int64_t)(H + grid.groups - 1) / grid.groups * grid.lanes, 32);
+    grid.threads = (int)fox_round_up((int64_t)(H + grid.groups - 1) / grid.groups * grid.lanes, 32);
     return grid;
 }
 

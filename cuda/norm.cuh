@@ -102,7 +102,7 @@ static __global__ void norm_backward_kernel(float *dx, bf16 *dx_bf16, float *par
 /* ---- launchers ---- */
 
 static inline int norm_threads(int d) {
-    return (int)round_up(d / 8, 32);
+    return (int)fox_round_up(d / 8, 32);
 }
 
 void cuda_residual_norm_forward(bf16 *h, float *rstd, float *x_out, const float *x, const bf16 *branch, const float *w,

@@ -134,7 +134,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
 
 /* Blocks of the backward pass: no more rows of partials than cuda_norm_scratch(d) holds, which knows d alone. */
 static inline int output_gate_parts(int d) {
-    return partial_count((int)round_up(d / 8, 32));
+    return partial_count((int)fox_round_up(d / 8, 32));
 }
 
 void cuda_output_gate_forward(bf16 *out, float *rstd, const bf16 *o, const bf16 *packed, const PackedLayout *layout,

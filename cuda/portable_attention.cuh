@@ -19,6 +19,17 @@ struct alignas(1024) AcpForwardShared {
     float lift[2][AcpForwardTraits<D>::KEYS];
 };
 
+/* Starts to copy step n of row bh's keys into its stage of two: K, V and lift. All 128 threads; acp_copies_done waits. */
+template <int D, int KEYS, typename Shared>
+static __device__ __forceinline__ void acp_load_keys(Shared &shared, const AcpInputs &in, const AcpSaved &saved,
+                                                     int64_t bh, int n) {
+    int stage = n % 2, j = n * KEYS;
+    int64_t start = acp_row<D>(bh, 0, in.T, in.H, in.stride) + j * in.stride;
+    acp_load_tile<D, KEYS, 128>(acp_shared(shared.k[stage]), in.k + start, in.stride, in.T - j);
+    acp_load_tile<D, KEYS, 128>(acp_shared(shared.v[stage]), in.v + start, in.stride, in.T - j);
+    acp_load_floats<KEYS>(acp_shared(shared.lift[stage]), saved.lift + bh * in.blocks * ACP_BLOCK + j);
+}
+
 /* One query block; 4 warps with 32 rows each. Online softmax in units of log 2, relative to the block's base: with t_ij
  * = s_ij log2(e) + lift_j and shift = base_m - base_n, the running maximum is that of t_ij + shift. A row's own decay
  * -lift_i cancels; only lse needs it. From the diagonal leftwards, so that the maximum hardly changes after the start.
@@ -34,18 +45,13 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
     int64_t bh = place / in.blocks;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
-    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride),
-               *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
     const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
     const float2 *base = p.saved.base + bh * in.blocks;
     const float2 own_base = base[m];
-    uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
+    uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v);
 
     auto load = [&](int n) {
-        int stage = n % 2, j = n * KEYS;
-        acp_load_tile<D, KEYS, 128>(sk + stage * TILE, k + j * in.stride, in.stride, in.T - j);
-        acp_load_tile<D, KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
-        acp_load_floats<KEYS>(slift + stage * KEYS * 4, lift + j);
+        acp_load_keys<D, KEYS>(shared, in, p.saved, bh, n);
     };
     acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride,
                                      in.T - q0);
@@ -167,18 +173,12 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     int64_t bh = place / in.blocks, d = (int64_t)in.H * D;
     int q0 = m * ACP_BLOCK, row0 = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
     int end = (min(in.T, q0 + ACP_BLOCK) - 1) / KEYS, begin = p.saved.first[bh * in.blocks + m] * (ACP_BLOCK / KEYS);
-    const bf16 *k = in.k + acp_row<D>(bh, 0, in.T, in.H, in.stride),
-               *v = in.v + acp_row<D>(bh, 0, in.T, in.H, in.stride);
-    const float *lift = p.saved.lift + bh * in.blocks * ACP_BLOCK;
     const float2 *base = p.saved.base + bh * in.blocks;
     const float2 own_base = base[m];
-    uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v), slift = acp_shared(shared.lift);
+    uint32_t sk = acp_shared(shared.k), sv = acp_shared(shared.v);
 
     auto load = [&](int n) {
-        int stage = n % 2, j = n * KEYS;
-        acp_load_tile<D, KEYS, 128>(sk + stage * TILE, k + j * in.stride, in.stride, in.T - j);
-        acp_load_tile<D, KEYS, 128>(sv + stage * TILE, v + j * in.stride, in.stride, in.T - j);
-        acp_load_floats<KEYS>(slift + stage * KEYS * 4, lift + j);
+        acp_load_keys<D, KEYS>(shared, in, p.saved, bh, n);
     };
     acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + acp_row<D>(bh, q0, in.T, in.H, in.stride), in.stride,
                                      in.T - q0);

@@ -343,7 +343,7 @@ void cuda_qkv_forward(bf16 *q, bf16 *k, bf16 *v, float *q_rstd, float *k_rstd, f
 }
 
 int64_t cuda_qkv_scratch(const FoxConfig *config) {
-    return (int64_t)qkv_parts(config) * (2 * config->hidden_size + round_up(config->num_heads, 4));
+    return (int64_t)qkv_parts(config) * (2 * config->hidden_size + fox_round_up(config->num_heads, 4));
 }
 
 void cuda_qkv_backward(bf16 *dpacked, float *dq_norm, float *dk_norm, float *dfgate_bias, float *scratch,

@@ -74,7 +74,7 @@ static __global__ void swiglu_backward_kernel(bf16 *dgu, const bf16 *dout, const
 static inline int swiglu_shape(dim3 *grid, int64_t N, int F) {
     int pieces = (F / 8 + SWIGLU_THREADS - 1) / SWIGLU_THREADS;
     *grid = dim3((unsigned)((N + SWIGLU_ROWS - 1) / SWIGLU_ROWS), (unsigned)pieces);
-    return (int)round_up((F / 8 + pieces - 1) / pieces, 32);
+    return (int)fox_round_up((F / 8 + pieces - 1) / pieces, 32);
 }
 
 void cuda_swiglu_forward(bf16 *out, const bf16 *gu, int64_t N, int F, cudaStream_t stream) {

@@ -178,7 +178,7 @@ static void bench_stream(Bench &bench, int64_t N, int d, int V) {
 
 static void bench_heads(Bench &bench, int B, int T, bool pro) {
     FoxConfig c = bench_config(pro);
-    int d = c.hidden_size, H = c.num_heads, D = d / H, row = (int)round_up(4 * d + 3 * H, 64);
+    int d = c.hidden_size, H = c.num_heads, D = d / H, row = (int)fox_round_up(4 * d + 3 * H, 64);
     int64_t N = (int64_t)B * T;
     double Nd = (double)N * d;
     PackedLayout layout = {0, d, 2 * d, 3 * d, 4 * d, 4 * d + H, 4 * d + 2 * H, 4 * d + 3 * H, row};
@@ -210,7 +210,7 @@ static void bench_heads(Bench &bench, int B, int T, bool pro) {
 }
 
 static void bench_mlp_and_loss(Bench &bench, int64_t N, int F, int V) {
-    int row = (int)round_up(V, 64), chunk = 4096;
+    int row = (int)fox_round_up(V, 64), chunk = 4096;
     bf16 *gu = bf16s(N * 2 * F), *dgu = bf16s(N * 2 * F), *out = bf16s(N * F), *logits = bf16s((int64_t)chunk * row);
     float *losses = floats(chunk);
     double *sum = (double *)fresh(8, FLOATS);
@@ -245,7 +245,7 @@ static void bench_update(Bench &bench, int64_t total) {
 /* The products of one layer and of 4096 rows of logits, as backend_cuda.c plans them. */
 static void bench_products(Bench &bench, int64_t N, int d, int H, int F, int V) {
     enum { HEAD_ROWS = 4096, RATE_SIZE = 8192 };
-    int packed = (int)round_up(4 * d + 3 * H, FOX_PACKED_ROWS), packed_row = (int)round_up(packed, 64), logits_row = (int)round_up(V, 64);
+    int packed = (int)fox_round_up(4 * d + 3 * H, FOX_PACKED_ROWS), packed_row = (int)fox_round_up(packed, 64), logits_row = (int)fox_round_up(V, 64);
     const struct {
         const char *names[3]; /* by MatmulKind */
         int64_t N, in, out, ldy;

@@ -246,8 +246,8 @@ def main():
     parser.add_argument("--official", type=pathlib.Path, metavar="DIR", help="clone of the official repository")
     args = parser.parse_args()
     t = Checks()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="fox_data_"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="fox_data_") as scratch:
+        folder = pathlib.Path(scratch)
         check_fineweb(t, folder)
         check_text(t, folder)
         source, data = check_order(t, folder)
@@ -255,8 +255,6 @@ def main():
         if args.official:
             check_official(t, source, data, args.official)
         check_bad_arrays(t, source, folder)
-    finally:
-        shutil.rmtree(folder)
     t.finish()
 
 

@@ -7,7 +7,6 @@ Ends with "N passed, N failed".
 """
 import json
 import pathlib
-import shutil
 import struct
 import sys
 import tempfile
@@ -209,8 +208,8 @@ def check_scripts(t, run, folder):
 
 def main():
     t = Checks()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="fox_figures_"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="fox_figures_") as scratch:
+        folder = pathlib.Path(scratch)
         run = make_run(t, folder)
         check_loss(t, run)
         check_pruned(t, run)
@@ -218,8 +217,6 @@ def main():
         check_blocks(t, run)
         check_positions(t, run)
         check_scripts(t, run, folder)
-    finally:
-        shutil.rmtree(folder)
     t.finish()
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import struct
 import sys
@@ -168,14 +167,12 @@ def check_quality(t, folder):
 
 def main():
     t = Checks()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="fox_tables_"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="fox_tables_") as scratch:
+        folder = pathlib.Path(scratch)
         check_layout(t)
         check_official_rows(t, folder)
         check_throughput(t, folder)
         check_quality(t, folder)
-    finally:
-        shutil.rmtree(folder)
     t.finish()
 
 

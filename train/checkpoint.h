@@ -59,7 +59,7 @@ void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance)
 bool checkpoint_load_model(const char *dir, Backend *, const Ranks *, FoxError *);
 
 /* Loads the optimizer's moments and state.json, after checkpoint_load_model. Collective. Fails when the directory holds only a
- * model, and when the back end's parameters are not the ones the state was saved with. */
+ * model, and when the back end's parameters, or the moments read, are not the ones the state was saved with. */
 bool checkpoint_load_state(const char *dir, Backend *, const Ranks *, TrainState *, FoxError *);
 
 /* Writes checkpoints beside training. Collective but for checkpoint_written. */

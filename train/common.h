@@ -75,6 +75,11 @@ static inline void *fox_alloc(size_t bytes) {
 /* `count` zeroed elements of `type`. */
 #define FOX_NEW(type, count) ((type *)fox_alloc(sizeof(type) * (size_t)(count)))
 
+/* Smallest multiple of `unit` that is not below x >= 0. */
+static inline int64_t fox_round_up(int64_t x, int64_t unit) {
+    return (x + unit - 1) / unit * unit;
+}
+
 static inline int64_t fox_min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }

@@ -138,14 +138,10 @@ static int add_norm(FoxTable *table, const char *prefix, const char *name, int64
     return add_tensor(table, prefix, name, FOX_INIT_ONES, length, 0);
 }
 
-static int64_t round_up(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
-
 static void place(FoxTable *table, int tensor) {
     FoxTensor *t = &table->tensors[tensor];
     t->offset = table->total;
-    table->total += round_up(t->size, ALIGNMENT);
+    table->total += fox_round_up(t->size, ALIGNMENT);
 }
 
 /* Decides the offsets: vectors, embeddings, then the other matrices layer by layer, lm_head last. */
@@ -163,7 +159,7 @@ static void place_all(FoxTable *table, const FoxConfig *c) {
         int64_t start = table->total, rows = (int64_t)FOX_PACKED_ROWS * c->hidden_size;
         for (int i = ids->q; i <= ids->down; i++) {
             if (i == ids->o) { // all packed rows are placed
-                table->total = start + round_up(table->total - start, rows);
+                table->total = start + fox_round_up(table->total - start, rows);
             }
             if (table->tensors[i].ndim == 2) {
                 place(table, i);
@@ -173,8 +169,8 @@ static void place_all(FoxTable *table, const FoxConfig *c) {
     place(table, table->lm_head);
 }
 
-/* From q to fgate the rows multiply the same input and follow each other without padding, because each has a multiple
- * of d elements and d is a multiple of ALIGNMENT: together they are one matrix with rows of length d. */
+/* From q to fgate the rows multiply the same input and follow each other without padding between them, because each has
+ * a multiple of d elements and d is a multiple of ALIGNMENT: together they are one matrix with rows of length d. */
 static FoxLayerIds add_layer(FoxTable *table, const FoxConfig *c, int layer) {
     int64_t d = c->hidden_size, H = c->num_heads, inner = c->intermediate_size;
     int64_t qk_norm = c->qk_norm_share_param_across_head ? d / H : d;

@@ -43,7 +43,7 @@ typedef struct StepRecord {
 
 /* Prepares the screen; no file yet. */
 void metrics_begin(Metrics *, bool active);
-/* Opens OUT/metrics.jsonl. step 0 starts it anew; a resumed run (step > 0) appends, after the lines of later steps and
+/* Opens OUT/metrics.jsonl. step 0 starts it anew, and an earlier one becomes metrics-1.jsonl (-2, ...); a resumed run (step > 0) appends, after the lines of later steps and
  * unfinished lines have been cut (into a temporary file, renamed when whole). */
 bool metrics_open(Metrics *, const char *out_dir, int64_t step, FoxError *);
 /* Opens OUT/eval.jsonl, to append. */

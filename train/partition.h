@@ -29,17 +29,13 @@ typedef struct Piece {
     int64_t start, count, local;
 } Piece;
 
-static inline int64_t partition_round_up(int64_t x, int64_t unit) {
-    return (x + unit - 1) / unit * unit;
-}
-
 static inline Partition partition_create(int64_t total, int ranks) {
     Partition p;
     int64_t unit = (int64_t)ranks * PARTITION_GRAIN;
     p.total = total;
     p.ranks = ranks;
-    p.bucket = partition_round_up(fox_min64(PARTITION_BUCKET, (total + PARTITION_BUCKETS - 1) / PARTITION_BUCKETS), unit);
-    p.padded = partition_round_up(total, unit);
+    p.bucket = fox_round_up(fox_min64(PARTITION_BUCKET, (total + PARTITION_BUCKETS - 1) / PARTITION_BUCKETS), unit);
+    p.padded = fox_round_up(total, unit);
     p.bucket = ranks == 1 ? p.padded : p.bucket;
     p.buckets = (int)((p.padded + p.bucket - 1) / p.bucket);
     return p;

@@ -85,7 +85,8 @@ void trainer_report_pruning(Trainer *);
 void trainer_sample(Trainer *);
 
 /* Begins a checkpoint, which a thread writes while training goes on; the steps that follow see to its end. Failing is
- * reported, and training goes on until the next one is due. */
+ * reported, and training goes on until the next one is due. None while updates are refused as not finite: it would
+ * displace an earlier one. */
 void trainer_begin_save(Trainer *);
 
 /* The end of a run that had begun, `ok` or not: the last checkpoint, unless it is there already or the run diverged,
