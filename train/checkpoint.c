@@ -796,8 +796,7 @@ static bool create_files(const CheckpointWriter *w, FoxError *err) {
     if (mkdir(n.tmp, 0777) != 0) {
         return fox_fail(err, "%s: cannot create the directory: %s", n.tmp, strerror(errno));
     }
-    return write_config(n.tmp, w->backend, err) && data_paths(n.tmp, model, optimizer, err) &&
-           create_model(model, &w->backend->table, err) && create_optimizer(optimizer, &w->backend->table, err);
+    return data_paths(n.tmp, model, optimizer, err) && create_model(model, &w->backend->table, err) && create_optimizer(optimizer, &w->backend->table, err);
 }
 
 static bool open_files(CheckpointWriter *w, FoxError *err) {
@@ -889,35 +888,47 @@ static bool write_part(CheckpointWriter *w, uint64_t *hash, uint64_t *moment_has
     return safetensors_sync(&w->model, err) && safetensors_sync(&w->optimizer, err);
 }
 
-static void *write_in_thread(void *context) {
-    CheckpointWriter *w = (CheckpointWriter *)context;
-    FoxError why;
-    uint64_t hash, moments;
-    double start = fox_now();
-    why.text[0] = '\0';
-    bool ok = write_part(w, &hash, &moments, &why);
-    pthread_mutex_lock(&w->mutex);
-    w->ok = ok;
-    w->why = why;
-    w->hash = hash;
-    w->moment_hash = moments;
-    w->seconds = fox_now() - start;
-    w->written = true;
-    pthread_mutex_unlock(&w->mutex);
-    return NULL;
-}
-
-/* Rank 0, when all parts are written: the last file, then the name. */
-static bool publish_files(const CheckpointWriter *w, uint64_t hash, uint64_t moments, FoxError *err) {
+/* Rank 0, when all parts are written: the last files, then the name. */
+static bool publish_files(const CheckpointWriter *w, FoxError *err) {
     Names n;
-    if (!names_of(&n, w->out_dir, w->state.step, err) || !write_state(n.tmp, &w->state, hash, moments, w->settings, err) ||
-        !sync_directory(n.tmp, err) || !publish(n.tmp, n.final, n.old, err) || !sync_directory(w->out_dir, err)) {
+    if (!names_of(&n, w->out_dir, w->state.step, err) || !write_config(n.tmp, w->backend, err) ||
+        !write_state(n.tmp, &w->state, w->hash, w->moment_hash, w->settings, err) || !sync_directory(n.tmp, err) ||
+        !publish(n.tmp, n.final, n.old, err) || !sync_directory(w->out_dir, err)) {
         return false;
     }
     if (holds_only_ours(n.old)) {
         remove_directory(n.old); // only now: until the rename is on the disk a power cut may bring the old name back
     }
     return true;
+}
+
+/* What a rank's thread does: first its part, then, when all have written theirs and rank 0, the publishing. */
+static void *work_in_thread(void *context) {
+    CheckpointWriter *w = (CheckpointWriter *)context;
+    double start = fox_now();
+    FoxError why;
+    why.text[0] = '\0';
+    bool ok = !w->publishing ? write_part(w, &w->hash, &w->moment_hash, &why) : w->ranks->rank != 0 || publish_files(w, &why);
+    pthread_mutex_lock(&w->mutex);
+    w->ok = ok;
+    w->why = why;
+    w->seconds += fox_now() - start;
+    w->rests = true;
+    pthread_mutex_unlock(&w->mutex);
+    return NULL;
+}
+
+static void start_thread(CheckpointWriter *w) {
+    w->rests = false;
+    if (pthread_create(&w->thread, NULL, work_in_thread, w) != 0) {
+        fox_die("the thread that writes checkpoints cannot be started: %s", strerror(errno));
+    }
+}
+
+/* Waits for the threads of all ranks; true when all did well. */
+static bool join_threads(CheckpointWriter *w, FoxError *err) {
+    pthread_join(w->thread, NULL);
+    return ranks_everyone(w->ranks, w->ok || fox_fail(err, "%s", w->why.text), err);
 }
 
 static bool check_settings(const char *settings, FoxError *err) {
@@ -962,35 +973,44 @@ bool checkpoint_begin(CheckpointWriter *w, const TrainState *state, FoxError *er
         discard_files(w);
         return false;
     }
+    double copying = fox_now();
     copy_state(w);
-    w->written = false;
-    if (pthread_create(&w->thread, NULL, write_in_thread, w) != 0) {
-        fox_die("the thread that writes checkpoints cannot be started: %s", strerror(errno));
-    }
+    w->copying = fox_now() - copying;
+    w->publishing = false;
+    w->seconds = 0;
+    start_thread(w);
     w->busy = true;
     w->stall = fox_now() - start;
     return true;
 }
 
-bool checkpoint_written(CheckpointWriter *w) {
+bool checkpoint_rests(CheckpointWriter *w) {
     pthread_mutex_lock(&w->mutex);
-    bool written = w->written;
+    bool rests = w->rests;
     pthread_mutex_unlock(&w->mutex);
-    return written;
+    return rests;
 }
 
-bool checkpoint_finish(CheckpointWriter *w, FoxError *err) {
+bool checkpoint_advance(CheckpointWriter *w, bool wait, FoxError *err) {
     double start = fox_now();
-    pthread_join(w->thread, NULL);
-    w->busy = false;
-    close_files(w);
-    bool ok = ranks_everyone(w->ranks, w->ok || fox_fail(err, "%s", w->why.text), err);
-    if (ok) {
-        uint64_t hash = sum_hashes(w->ranks, w->hash), moments = sum_hashes(w->ranks, w->moment_hash);
-        ok = ranks_everyone(w->ranks, w->ranks->rank != 0 || publish_files(w, hash, moments, err), err);
+    bool written = w->publishing, ok = true;
+    if (!written) {
+        ok = join_threads(w, err);
+        close_files(w);
+        if (ok) {
+            w->hash = sum_hashes(w->ranks, w->hash);
+            w->moment_hash = sum_hashes(w->ranks, w->moment_hash);
+            w->publishing = true;
+            start_thread(w);
+        }
+    }
+    if (ok && (written || wait)) {
+        ok = join_threads(w, err);
+        w->busy = false;
     }
     if (!ok) {
         discard_files(w);
+        w->busy = false;
     }
     w->stall += fox_now() - start;
     return ok;
@@ -1002,8 +1022,10 @@ void checkpoint_close(CheckpointWriter *w) {
     }
     if (w->busy) {
         pthread_join(w->thread, NULL);
-        close_files(w);
-        discard_files(w);
+        if (!w->publishing) {
+            close_files(w);
+            discard_files(w);
+        }
     }
     pthread_mutex_destroy(&w->mutex);
     w->backend->free_host(w->backend, w->copy);
@@ -1015,7 +1037,7 @@ bool checkpoint_save(const char *out_dir, Backend *backend, const Ranks *ranks, 
     CheckpointWriter w;
     Names n;
     bool ok = checkpoint_open(&w, out_dir, backend, ranks, settings, err) && checkpoint_begin(&w, state, err) &&
-              checkpoint_finish(&w, err);
+              checkpoint_advance(&w, true, err);
     checkpoint_close(&w);
     if (ok && path != NULL) {
         ok = names_of(&n, out_dir, state->step, err);

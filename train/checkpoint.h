@@ -62,22 +62,25 @@ bool checkpoint_load_model(const char *dir, Backend *, const Ranks *, FoxError *
  * model, and when the back end's parameters, or the moments read, are not the ones the state was saved with. */
 bool checkpoint_load_state(const char *dir, Backend *, const Ranks *, TrainState *, FoxError *);
 
-/* Writes checkpoints beside training. Collective but for checkpoint_written. */
+/* Writes checkpoints beside training, in two parts: all ranks write what is theirs, then rank 0 gives the whole its name. A
+ * thread of each rank does that; training waits only for the copy. Collective but for checkpoint_rests. */
 typedef struct CheckpointWriter {
     Backend *backend;
     const Ranks *ranks;
     const char *out_dir, *settings;
     float *copy; /* [3, share]: this rank's parameters, exp_avg and exp_avg_sq */
-    bool busy;   /* between checkpoint_begin and checkpoint_finish */
-    double stall, seconds; /* of the last checkpoint: what the caller waited for it in all, what the thread took */
+    bool busy;   /* from checkpoint_begin until checkpoint_advance has come to the end */
+    /* of the last checkpoint: what the caller waited for it in all, and of that for the copy; what the thread took */
+    double stall, copying, seconds;
 
     TrainState state;
     SafeTensors model, optimizer;
+    bool publishing;            /* all parts are written */
+    uint64_t hash, moment_hash; /* of the parameters and of Adam's moments: of this rank's part, when publishing of all */
     pthread_t thread;
     pthread_mutex_t mutex; /* guards what follows */
-    bool written, ok;
+    bool rests, ok;        /* the thread has done its present part; well */
     FoxError why;
-    uint64_t hash, moment_hash; /* of this rank's part of the parameters, and of Adam's moments */
 } CheckpointWriter;
 
 /* Takes the main memory for the copy: three floats a parameter, over all ranks. `settings` is a JSON object of the run's
@@ -85,11 +88,12 @@ typedef struct CheckpointWriter {
 bool checkpoint_open(CheckpointWriter *, const char *out_dir, Backend *, const Ranks *, const char *settings, FoxError *);
 /* Copies the state and begins to write OUT/step_%08d. Not while busy. */
 bool checkpoint_begin(CheckpointWriter *, const TrainState *, FoxError *);
-/* True when this rank has written its part, well or not: checkpoint_finish would not wait for it. */
-bool checkpoint_written(CheckpointWriter *);
-/* Waits for all parts and gives the directory its name: it is there whole, or not at all. On failure the message (on one
- * rank) says why, the temporary directory is gone and earlier checkpoints stand. */
-bool checkpoint_finish(CheckpointWriter *, FoxError *);
+/* True when checkpoint_advance would not wait for this rank. */
+bool checkpoint_rests(CheckpointWriter *);
+/* Waits for the present part and goes on to the next; `wait`: to the end, which is when w->busy is false. The directory then has
+ * its name: it is there whole, or not at all. On failure, the end too, the message (on one rank) says why, the temporary
+ * directory is gone and earlier checkpoints stand. */
+bool checkpoint_advance(CheckpointWriter *, bool wait, FoxError *);
 /* Waits for the thread, throws an unfinished checkpoint away, frees everything. Safe on a zeroed writer. Not collective. */
 void checkpoint_close(CheckpointWriter *);
 

@@ -60,12 +60,12 @@ bool file_read(const char *path, size_t limit, char **text, size_t *length, FoxE
     return ok;
 }
 
-bool file_finish(FILE *file, const char *path, FoxError *err) {
+static bool end_file(FILE *file, const char *path, bool sync, FoxError *err) {
     if (file == NULL) {
         return fox_fail(err, "%s: cannot create: %s", path, strerror(errno));
     }
     errno = 0;
-    bool ok = !ferror(file) && fflush(file) == 0 && fsync(fileno(file)) == 0;
+    bool ok = !ferror(file) && fflush(file) == 0 && (!sync || fsync(fileno(file)) == 0);
     int reason = errno;
     if (fclose(file) != 0 && ok) {
         ok = false;
@@ -73,6 +73,14 @@ bool file_finish(FILE *file, const char *path, FoxError *err) {
     }
     // A write that failed long ago has lost its errno.
     return ok || fox_fail(err, "%s: cannot write: %s", path, reason ? strerror(reason) : "an earlier write failed");
+}
+
+bool file_finish(FILE *file, const char *path, FoxError *err) {
+    return end_file(file, path, true, err);
+}
+
+bool file_close(FILE *file, const char *path, FoxError *err) {
+    return end_file(file, path, false, err);
 }
 
 static bool is_directory(const char *path) {

@@ -11,6 +11,9 @@ bool file_read(const char *path, size_t limit, char **text, size_t *length, FoxE
  * far failed (a full disk). `file` is closed either way; NULL (a failed fopen, errno still set) fails too. */
 bool file_finish(FILE *file, const char *path, FoxError *);
 
+/* The same without syncing: for a file that others write on, and sync. */
+bool file_close(FILE *file, const char *path, FoxError *);
+
 /* mkdir -p. */
 bool make_directories(const char *path, FoxError *);
 

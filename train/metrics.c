@@ -192,11 +192,12 @@ void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss, d
     record_write(m, &r);
 }
 
-void metrics_checkpoint(Metrics *m, int64_t step, double stall, double write_seconds) {
+void metrics_checkpoint(Metrics *m, int64_t step, double stall, double copy, double write_seconds) {
     if (m->active) {
         Record r;
         record_begin(&r, "checkpoint", step);
         record_number(&r, "stall_ms", round(1e6 * stall) / 1e3);
+        record_number(&r, "copy_ms", round(1e6 * copy) / 1e3);
         record_number(&r, "write_ms", round(1e6 * write_seconds) / 1e3);
         record_write(m, &r);
     }

@@ -6,7 +6,7 @@
  *   validation  tokens, loss, pruned; by position in the window (train/positions.h): position_edges, position_loss,
  *               position_tokens
  *   pruning     fraction of causal attention blocks skipped since the last report: all, and [layer][head]
- *   checkpoint  stall_ms, write_ms
+ *   checkpoint  stall_ms, copy_ms, write_ms
  *   ranges      first key block that each query block keeps in one window: context, block (tokens), [layer][head][query block]
  * eval.jsonl, which --eval writes, holds run, validation, pruning (of the validation) and ranges.
  * A value that is unknown or not finite is null.
@@ -55,8 +55,8 @@ void metrics_close(Metrics *);
 void metrics_run(Metrics *, int64_t step, const char *settings);
 /* Writes the line and updates what is on the screen. */
 void metrics_step(Metrics *, const StepRecord *);
-/* stall: seconds that training waited for a checkpoint; write: seconds until it was on the disk. */
-void metrics_checkpoint(Metrics *, int64_t step, double stall, double write);
+/* stall: seconds that training waited for a checkpoint, copy: of that, for the copy; write: seconds until it was on the disk. */
+void metrics_checkpoint(Metrics *, int64_t step, double stall, double copy, double write);
 /* pruned: fraction of the blocks; NAN when nothing was counted. */
 void metrics_validation(Metrics *, int64_t step, int64_t tokens, double loss, double pruned, const PositionBins *);
 /* skipped, total: blocks, [layers, heads]. Nothing is written when no block was counted. */

@@ -385,7 +385,7 @@ bool safetensors_create(const char *path, int count, const char *const *names, c
         fox_fail(err, "%s: cannot write: %s", path, strerror(errno));
     }
     free(header);
-    return file_finish(out, path, err) && ok;
+    return file_close(out, path, err) && ok;
 }
 
 bool safetensors_write_float(const SafeTensors *st, const SafeTensor *t, int64_t start, int64_t count, const float *values,

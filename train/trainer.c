@@ -497,18 +497,20 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
 
 /* ---- checkpoints */
 
-/* The end of the checkpoint that is being written; waits for it. Afterwards the oldest ones go. */
-static bool finish_save(Trainer *t, FoxError *err) {
+/* The checkpoint that is being written goes on; `wait`: to its end. There the oldest ones go. */
+static bool advance_save(Trainer *t, bool wait, FoxError *err) {
     CheckpointWriter *w = &t->writer;
     ranks_resting(&t->ranks); // a disk may be slow
-    if (!checkpoint_finish(w, err)) {
+    if (!checkpoint_advance(w, wait, err)) {
         return false;
     }
-    t->saved_step = w->state.step;
-    if (t->ranks.rank == 0) {
-        checkpoint_prune(t->options.out, (int)t->options.keep);
+    if (!w->busy) {
+        t->saved_step = w->state.step;
+        if (t->ranks.rank == 0) {
+            checkpoint_prune(t->options.out, (int)t->options.keep);
+        }
+        metrics_checkpoint(&t->metrics, w->state.step, w->stall, w->copying, w->seconds);
     }
-    metrics_checkpoint(&t->metrics, w->state.step, w->stall, w->seconds);
     return true;
 }
 
@@ -519,13 +521,13 @@ static void warn_of_save(Trainer *t, bool ok, const FoxError *err) {
     }
 }
 
-/* Sees to the checkpoint that is being written, if there is one; `wait`: until it is whole, otherwise only when all ranks have
- * written their part. */
+/* Sees to the checkpoint that is being written, if there is one; `wait`: until it is whole, otherwise only when no rank would
+ * have to wait. */
 static void attend_save(Trainer *t, bool wait) {
     FoxError err;
     err.text[0] = '\0';
-    if (t->writer.busy && (wait || ranks_max_int(&t->ranks, !checkpoint_written(&t->writer)) == 0)) {
-        warn_of_save(t, finish_save(t, &err), &err);
+    if (t->writer.busy && (wait || ranks_max_int(&t->ranks, !checkpoint_rests(&t->writer)) == 0)) {
+        warn_of_save(t, advance_save(t, wait, &err), &err);
     }
 }
 
@@ -782,7 +784,7 @@ static bool save_the_end(Trainer *t, FoxError *err) {
     if (t->writer.backend == NULL || t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
         return true;
     }
-    return checkpoint_begin(&t->writer, &t->state, err) && finish_save(t, err);
+    return checkpoint_begin(&t->writer, &t->state, err) && advance_save(t, true, err);
 }
 
 bool trainer_finish(Trainer *t, bool ok, FoxError *err) {
