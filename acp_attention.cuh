@@ -56,6 +56,8 @@
 enum {
     ACP_BLOCK = 128,  /* queries, and keys, in a block: the grain of pruning */
     ACP_CHUNK = 2048, /* steps that one thread block of a scan covers: 256 threads, 8 each */
+    ACP_RANGES_SHARED = 20, /* bytes of shared memory that the search for ranges needs for each block */
+    ACP_MOST_BLOCKS = 11000, /* that fit in it: 1.4 million tokens */
 };
 
 #define ACP_LOG2E 1.4426950408889634
@@ -83,7 +85,7 @@ typedef struct AcpWork {
     /* tight */
     float4 *keys;    /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
     float *key_sums; /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
-    float *log_mass; /* [BH, blocks], log of the decayed mass of all blocks before */
+    float2 *history; /* [BH, blocks], of all blocks before: log of their decayed mass, max |k_j| */
     int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
     /* backward */
     float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf beyond T */
@@ -126,7 +128,7 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
     w.keys = (float4 *)acp_take(start, &used, BH * blocks, sizeof(float4));
     w.key_sums = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
-    w.log_mass = (float *)acp_take(start, &used, BH * blocks, sizeof(float));
+    w.history = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
     w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     int64_t forward = used;
     used = 0; /* the backward pass no longer needs what found the ranges */
@@ -135,6 +137,14 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     w.dc = (float *)acp_take(start, &used, BH * padded, sizeof(float));
     *bytes = used > forward ? used : forward;
     return w;
+}
+
+/* The first words of a kernel that is launched early (see acp_launch): the next kernel's thread blocks may take their places,
+ * and this one waits until all that came before it in the stream is done. */
+static __device__ __forceinline__ void acp_begin(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -185,15 +195,27 @@ struct AcpScan {
     float *dlog_f;
 };
 
+/* Element e of what is summed; backward they are counted from the end. */
 template <bool BACKWARD>
 static __device__ __forceinline__ double acp_scan_value(const AcpScan &s, int64_t bh, int e) {
     if (e >= s.T) {
         return 0;
     }
-    if (!BACKWARD) {
-        return (double)s.log_f[bh * s.T + e];
+    return (double)(BACKWARD ? s.dc[bh * s.blocks * ACP_BLOCK + s.T - 1 - e] : s.log_f[bh * s.T + e]);
+}
+
+/* This thread's share of the sum of x[0 .. count), read 16 bytes at a time where they are aligned. */
+static __device__ __forceinline__ double acp_share_of_sum(const float *x, int count) {
+    int tid = threadIdx.x, odd = min(count, (int)(-(uintptr_t)x / sizeof(float) % 4));
+    double sum = tid < odd ? (double)x[tid] : 0.0;
+    const float4 *fours = reinterpret_cast<const float4 *>(x + odd);
+    count -= odd;
+#pragma unroll 16
+    for (int i = tid; i < count / 4; i += 256) {
+        float4 y = fours[i];
+        sum += ((double)y.x + (double)y.y) + ((double)y.z + (double)y.w);
     }
-    return (double)s.dc[bh * s.blocks * ACP_BLOCK + s.T - 1 - e];
+    return sum + (tid < count % 4 ? (double)x[odd + count - 1 - tid] : 0.0);
 }
 
 /* Forward: c, base and lift. Backward: d log f. A thread block writes one chunk, and adds up all before it by itself:
@@ -207,16 +229,14 @@ static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
     };
     int64_t bh = blockIdx.y;
     int e0 = blockIdx.x * ACP_CHUNK, tid = threadIdx.x;
-    double before = 0, own = 0;
+    double own = 0;
+    acp_begin();
 #pragma unroll
     for (int i = tid; i < ACP_CHUNK; i += 256) {
         value(i) = acp_scan_value<BACKWARD>(s, bh, e0 + i);
     }
-#pragma unroll 8
-    for (int e = tid; e < e0; e += 256) {
-        before += acp_scan_value<BACKWARD>(s, bh, e);
-    }
-    before = acp_block_scan(before, scratch, AcpAdd());
+    const float *earlier = BACKWARD ? s.dc + bh * s.blocks * ACP_BLOCK + s.T - e0 : s.log_f + bh * s.T;
+    double before = acp_block_scan(acp_share_of_sum(earlier, e0), scratch, AcpAdd());
     if (tid == 255) {
         start = before;
     }
@@ -261,7 +281,7 @@ static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
 struct AcpInputs {
     const bf16 *q, *k, *v;
     int64_t stride;
-    int T, H, blocks;
+    int T, H, blocks, BH;
 };
 
 template <int D>
@@ -307,6 +327,7 @@ static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
     int64_t bh = blockIdx.y;
     int column = threadIdx.x % LANES * 8;
     float q2 = 0, k2 = 0;
+    acp_begin();
 #pragma unroll 8
     for (int r = threadIdx.x / LANES; r < ACP_BLOCK; r += ROWS) {
         int t = min(blockIdx.x * ACP_BLOCK + r, in.T - 1); /* rows beyond the end repeat the last */
@@ -334,6 +355,7 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
     int n = blockIdx.x, start = n * ACP_BLOCK, last = min(start + ACP_BLOCK, in.T) - 1, tid = threadIdx.x;
     const double *c = saved.c + bh * in.T;
     Bf16x8 keys[ACP_BLOCK / ROWS]; /* all on their way before the weights are waited for */
+    acp_begin();
 #pragma unroll
     for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
         int t = min(start + g * ROWS + tid / LANES, last);
@@ -372,33 +394,36 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
     }
 }
 
-/* tight, the history before each block: log of the decayed mass of all earlier keys, and their mean, which replaces
- * key_sums. A thread folds one stretch of blocks for one column: first alone, then from where those before it end.
+/* tight, the history before each block: log of the decayed mass of all earlier keys, their largest norm, and their mean,
+ * which replaces key_sums. A thread folds one stretch of blocks for one column: first alone, then from where those before it end.
  * grid (BH), 1024 threads */
 static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, int D, AcpWork work) {
     enum { AHEAD = 8 }; /* loads in flight */
-    __shared__ float sums[1024], masses[1024], decays[1024];
+    __shared__ float sums[1024], masses[1024], decays[1024], norms[1024];
     int stretches = 1024 / D, stretch = threadIdx.x / D, column = threadIdx.x % D;
     int length = (blocks + stretches - 1) / stretches, begin = stretch * length, end = min(begin + length, blocks);
     float4 *keys = work.keys + (int64_t)blockIdx.x * blocks;
     float *key_sums = work.key_sums + (int64_t)blockIdx.x * blocks * D + column;
-    float mass = 0, sum = 0, decay = 1;
-    auto fold = [&](float other_mass, float other_sum, float other_decay) {
+    float mass = 0, sum = 0, decay = 1, norm = 0;
+    acp_begin();
+    auto fold = [&](float other_mass, float other_sum, float other_decay, float other_norm) {
         mass = mass * other_decay + other_mass;
         sum = sum * other_decay + other_sum;
         decay *= other_decay;
+        norm = fmaxf(norm, other_norm);
     };
 #pragma unroll 8
     for (int n = begin; n < end; n++) {
-        fold(keys[n].z, key_sums[n * D], keys[n].w);
+        fold(keys[n].z, key_sums[n * D], keys[n].w, keys[n].y);
     }
     masses[threadIdx.x] = mass;
     sums[threadIdx.x] = sum;
     decays[threadIdx.x] = decay;
+    norms[threadIdx.x] = norm;
     __syncthreads();
-    mass = sum = 0;
+    mass = sum = norm = 0;
     for (int i = column; i < (int)threadIdx.x; i += D) {
-        fold(masses[i], sums[i], decays[i]);
+        fold(masses[i], sums[i], decays[i], norms[i]);
     }
     for (int n0 = begin; n0 < end; n0 += AHEAD) {
         float key_sum[AHEAD];
@@ -413,16 +438,17 @@ static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, in
             if (n0 + i < end) {
                 key_sums[(n0 + i) * D] = mass > 0 ? sum / mass : 0.0f;
                 if (column == 0) {
-                    work.log_mass[(int64_t)blockIdx.x * blocks + n0 + i] = logf(mass);
+                    work.history[(int64_t)blockIdx.x * blocks + n0 + i] = make_float2(logf(mass), norm);
                 }
-                fold(key[i].z, key_sum[i], key[i].w);
+                fold(key[i].z, key_sum[i], key[i].w, key[i].y);
             }
         }
     }
 }
 
 /* tight, the range of each query block. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its
- * own key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i). Then whole key blocks are
+ * own key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i), and reach the same with |q_i| and the
+ * largest |k_j| before (cpu/acp.h). Then whole key blocks are
  * given up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once.
  * */
 template <int D>
@@ -435,8 +461,10 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
             at = bh * in.blocks; /* the last keys that were read may still be in cache */
     int m = blockIdx.x, start = m * ACP_BLOCK, tid = threadIdx.x;
     const double *c = saved.c + bh * in.T;
+    acp_begin();
     double C = c[start];
-    float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.log_mass[at + m];
+    float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.history[at + m].x;
+    float longest = scale * work.history[at + m].y;
     if (tid < D) {
         mean[tid] = work.key_sums[(at + m) * D + tid];
     }
@@ -445,15 +473,17 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
         upto = 0;
     }
     __syncthreads();
-    float rho = -INFINITY, q2 = 0;
+    float rho = -INFINITY, reach = -INFINITY, q2 = 0;
     for (int r0 = tid / LANES; r0 < ACP_BLOCK; r0 += 8 * ROWS) {
         Bf16x8 queries[8], keys[8]; /* all on their way before the first is waited for */
+        double gates[8];
 #pragma unroll
         for (int g = 0; g < 8; g++) {
             int t = min(start + r0 + g * ROWS, in.T - 1); /* rows beyond the end repeat the last */
             int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
             queries[g] = load_raw8(in.q + row, true);
             keys[g] = load_raw8(in.k + row, true);
+            gates[g] = c[t];
         }
 #pragma unroll
         for (int g = 0; g < 8; g++) {
@@ -462,20 +492,24 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
             unpack8(k, keys[g]);
             float own = scale * acp_row_sum<D>(acp_dot8(q, k));
             float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
-            q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
-            float decay = (float)(c[min(start + r0 + g * ROWS, in.T - 1)] - C), history = decay + gap + log_mass + past;
+            float own_q2 = acp_row_sum<D>(acp_dot8(q, q));
+            q2 = fmaxf(q2, own_q2);
+            float decay = (float)(gates[g] - C), history = decay + gap + log_mass + past;
             float high = fmaxf(own, history), low = fminf(own, history);
-            rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
+            float slack = decay - (high + __logf(1.0f + __expf(low - high)));
+            rho = fmaxf(rho, slack);
+            reach = fmaxf(reach, slack + longest * own_q2 * rsqrtf(fmaxf(own_q2, 1e-30f))); /* |q_i|, without a branch */
         }
     }
     rho = acp_block_max(rho, scratch);
+    reach = acp_block_max(reach, scratch);
     float norm = sqrtf(acp_block_max(q2, scratch));
     for (int n0 = 0; n0 < stop; n0 += ACP_BLOCK) {
         int n = n0 + tid;
         float mass = 0, spent = upto;
         if (n < m) {
             float4 key = work.keys[at + n];
-            mass = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y - log_budget);
+            mass = expf(fminf(rho + scale * norm * key.y, reach) + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x - log_budget);
         }
         spent += acp_block_scan(mass, scratch, AcpAdd());
         if (!(spent <= 1.0f)) { /* in units of the budget, which may itself be too small for float32 */
@@ -504,19 +538,30 @@ struct AcpRanges {
     unsigned long long *skipped, *total; /* [H] or NULL */
 };
 
-/* first and last of one row, and its share of the counts. grid (BH), 256 threads; the threads take query blocks from
- * the last to the first, so that the minimum over all later blocks is a scan over threads. */
+/* first and last of one row, and its share of the counts. grid (BH), 256 threads, and of each block 20 bytes of shared memory;
+ * the threads take query blocks from the last to the first, so that the minimum over all later blocks is a scan over threads. */
 static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork work) {
     __shared__ int scan[8], lowest;
     __shared__ unsigned long long skipped;
     __shared__ float bound[2];
+    extern __shared__ double begins[];                     /* c of the first row of each block */
+    double *ends = begins + r.blocks;                      /* and of the last */
+    int *first = reinterpret_cast<int *>(ends + r.blocks); /* of this row */
     int64_t bh = blockIdx.x;
-    int h = (int)(bh % r.H), tid = threadIdx.x, *first = saved.first + bh * r.blocks;
-    const double *c = saved.c + bh * r.T;
+    int h = (int)(bh % r.H), tid = threadIdx.x;
     double delta = 0, U = INFINITY;
+    acp_begin();
     if (tid == 0) {
         lowest = r.blocks;
         skipped = 0;
+    }
+    if (r.mode == ACP_PAPER) {
+        const double *c = saved.c + bh * r.T;
+#pragma unroll 4
+        for (int n = tid; n < r.blocks; n += 256) {
+            begins[n] = c[n * ACP_BLOCK];
+            ends[n] = c[min((n + 1) * ACP_BLOCK, r.T) - 1];
+        }
     }
     if (r.mode == ACP_PAPER || r.q_norm != NULL) {
         if (tid < 32) {
@@ -546,22 +591,25 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
     __syncthreads();
     for (int end = r.blocks; end > 0; end -= 256) {
         int m = end - 1 - tid, value = r.blocks;
-        if (m >= 0) {
-            int low = 0, high = r.mode == ACP_PAPER ? m : 0; /* first block not far enough behind */
-            while (low < high) {
-                int n = (low + high) / 2;
-                if (c[m * ACP_BLOCK] - c[(n + 1) * ACP_BLOCK - 1] < delta) {
-                    low = n + 1;
+        if (m >= 0 && r.mode == ACP_TIGHT) {
+            value = work.first_raw[bh * r.blocks + m];
+        } else if (m >= 0) {
+            int high = r.mode == ACP_PAPER ? m : 0; /* first block not far enough behind */
+            value = 0;
+            while (value < high) {
+                int n = (value + high) / 2;
+                if (begins[m] - ends[n] < delta) {
+                    value = n + 1;
                 } else {
                     high = n;
                 }
             }
-            value = r.mode == ACP_TIGHT ? work.first_raw[bh * r.blocks + m] : low;
         }
         int later = lowest;
         value = min(acp_block_scan(value, scan, AcpMin()), later);
         if (m >= 0) {
             first[m] = value;
+            saved.first[bh * r.blocks + m] = value;
             atomicAdd(&skipped, (unsigned long long)value);
         }
         __syncthreads();
@@ -615,19 +663,22 @@ static __global__ void acp_order_kernel(const __grid_constant__ AcpOrder o) {
     if (threadIdx.x < LEVELS) {
         place[threadIdx.x] = 0;
     }
+    acp_begin();
     __syncthreads();
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += 1024) {
         atomicAdd(&place[o.length(which, i) * LEVELS / o.blocks], 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        int start = 0;
-        for (int level = LEVELS - 1; level >= 0; level--) {
-            int in_level = place[level];
-            place[level] = start;
-            start += in_level;
+    if (threadIdx.x < 32) { /* two levels a lane, from the longest down: where each begins */
+        int *own = place + LEVELS - 2 - 2 * threadIdx.x, longer = own[1], both = longer + own[0], end = both;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            int before = __shfl_up_sync(0xffffffffu, end, step);
+            end += (int)threadIdx.x >= step ? before : 0;
         }
+        own[1] = end - both;
+        own[0] = end - both + longer;
     }
     __syncthreads();
 #pragma unroll 4
@@ -660,25 +711,26 @@ struct AcpBackward {
     bf16 *dq, *dk, *dv;
 };
 
-/* Of query t of row bh, by the four neighbouring lanes that have it: (-lift - lse) in units of log 2, and delta = dO.o;
- * beyond the end -inf and 0. */
+/* Of query t of row bh, by the four neighbouring lanes that have it: (-lift - lse) in units of log 2, and each lane's share of
+ * delta = dO.o (acp_quad_sum adds them up); beyond the end -inf and 0. */
 template <int D>
 static __device__ __forceinline__ void acp_query_stats(const AcpBackward &p, int64_t bh, int t, float &offset,
                                                        float &delta) {
-    offset = -INFINITY;
+    int row = min(t, p.in.T - 1); /* loaded in any case: without a branch the loads of several queries overlap */
+    int64_t at = acp_row<D>(bh, row, p.in.T, p.in.H, (int64_t)p.in.H * D) + threadIdx.x % 4 * 8;
     delta = 0;
-    if (t < p.in.T) {
-        int64_t at = acp_row<D>(bh, t, p.in.T, p.in.H, (int64_t)p.in.H * D) + threadIdx.x % 4 * 8;
 #pragma unroll
-        for (int i = 0; i < D; i += 32) {
-            float o[8], dout[8];
-            load8(o, p.o + at + i);
-            load8(dout, p.dout + at + i);
-            delta += acp_dot8(o, dout);
-        }
-        offset = -p.saved.lift[bh * p.in.blocks * ACP_BLOCK + t] - p.lse[bh * p.in.T + t] * (float)ACP_LOG2E;
+    for (int i = 0; i < D; i += 32) {
+        float o[8], dout[8];
+        load8(o, p.o + at + i);
+        load8(dout, p.dout + at + i);
+        delta += acp_dot8(o, dout);
     }
-    delta = acp_quad_sum(delta);
+    offset = -p.saved.lift[bh * p.in.blocks * ACP_BLOCK + row] - p.lse[bh * p.in.T + row] * (float)ACP_LOG2E;
+    if (t >= p.in.T) {
+        offset = -INFINITY;
+        delta = 0;
+    }
 }
 
 /* 1 / sqrt(D) */
@@ -702,12 +754,23 @@ static __device__ __forceinline__ float acp_weight(float s, float scale, float o
 
 #include "cuda/hopper_backward.cuh"
 
-template <typename Args>
-static void acp_launch(void (*kernel)(const Args), int blocks, int threads, size_t shared, const Args &args,
-                       cudaStream_t stream) {
+/* Launches a kernel. early: it begins with acp_begin(), and its thread blocks may take their places while the kernel before it
+ * still runs, which hides what a launch costs; where all kernels of attention are short, that is much of their time. */
+template <typename... Parameters, typename... Args>
+static void acp_launch(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                       const Args &...args) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<blocks, threads, shared, stream>>>(args);
-    CUDA_CHECK_LAUNCH();
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 /* Whether the Hopper kernels can be used: the chip is one, and the program has its code for it. */
@@ -720,54 +783,49 @@ static bool acp_on_hopper(const AcpShape *shape) {
 }
 
 /* The order of thread blocks for the kernels that follow, in forward and backward. */
-static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, int BH, int queries, int keys, int dq_queries,
+static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, bool early, int queries, int keys, int dq_queries,
                           cudaStream_t stream) {
-    AcpOrder order = {in.T, in.blocks, BH, {queries, keys, dq_queries}, saved};
-    acp_order_kernel<<<3, 1024, 0, stream>>>(order);
-    CUDA_CHECK_LAUNCH();
+    AcpOrder order = {in.T, in.blocks, in.BH, {queries, keys, dq_queries}, saved};
+    acp_launch(early, acp_order_kernel, 3, 1024, 0, stream, order);
 }
 
 /* The one place where a forward kernel is chosen. */
 template <int D>
 static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaStream_t stream) {
-    int BH = shape->B * shape->H;
     if (!acp_on_hopper(shape)) {
-        acp_run_order(args.in, args.saved, BH, ACP_BLOCK, ACP_BLOCK, ACP_BLOCK, stream);
-        acp_launch(acp_forward_kernel<D>, BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), args, stream);
+        acp_run_order(args.in, args.saved, false, ACP_BLOCK, ACP_BLOCK, ACP_BLOCK, stream);
+        acp_launch(false, acp_forward_kernel<D>, args.in.BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), stream, args);
         return;
     }
     using Traits = HopperForward<D>;
-    acp_run_order(args.in, args.saved, BH, Traits::QUERIES, HopperDkdv<D>::KEYS, HopperDq<D>::QUERIES, stream);
+    acp_run_order(args.in, args.saved, true, Traits::QUERIES, HopperDkdv<D>::KEYS, HopperDq<D>::QUERIES, stream);
     HopperForwardArgs hopper = hopper_forward_args<D>(shape, args);
-    acp_launch(hopper_forward_kernel<D>, BH * hopper.tiles, Traits::THREADS, sizeof(HopperForwardShared<D>), hopper,
-               stream);
+    acp_launch(true, hopper_forward_kernel<D>, args.in.BH * hopper.tiles, Traits::THREADS, sizeof(HopperForwardShared<D>), stream,
+               hopper);
 }
 
 /* The one place where backward kernels are chosen: dq, with offset and delta; then dk, dv and work.dc. */
 template <int D>
 static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
-    int tiles = shape->B * shape->H * args.in.blocks;
     if (!acp_on_hopper(shape)) {
-        acp_launch(acp_dq_kernel<D>, tiles, 128, sizeof(AcpDqShared<D>), args, stream);
+        acp_launch(false, acp_dq_kernel<D>, args.in.BH * args.in.blocks, 128, sizeof(AcpDqShared<D>), stream, args);
         return;
     }
-    using Traits = HopperDq<D>;
-    tiles = shape->B * shape->H * ((shape->T + Traits::QUERIES - 1) / Traits::QUERIES);
-    acp_launch(hopper_dq_kernel<D>, tiles, Traits::THREADS, sizeof(HopperDqShared<D>),
-               hopper_backward_args<D>(shape, args), stream);
+    int tiles = (args.in.T + HopperDq<D>::QUERIES - 1) / HopperDq<D>::QUERIES;
+    acp_launch(true, hopper_dq_kernel<D>, args.in.BH * tiles, HopperDq<D>::THREADS, sizeof(HopperDqShared<D>), stream,
+               hopper_backward_args<D>(shape, args));
 }
 
 template <int D>
 static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
-    int tiles = shape->B * shape->H * args.in.blocks;
     if (!acp_on_hopper(shape)) {
-        acp_launch(acp_dkdv_kernel<D>, tiles, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>), args, stream);
+        acp_launch(false, acp_dkdv_kernel<D>, args.in.BH * args.in.blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>),
+                   stream, args);
         return;
     }
-    using Traits = HopperDkdv<D>;
-    tiles = shape->B * shape->H * ((shape->T + Traits::KEYS - 1) / Traits::KEYS);
-    acp_launch(hopper_dkdv_kernel<D>, tiles, Traits::THREADS, sizeof(HopperDkdvShared<D>),
-               hopper_backward_args<D>(shape, args), stream);
+    int tiles = (args.in.T + HopperDkdv<D>::KEYS - 1) / HopperDkdv<D>::KEYS;
+    acp_launch(true, hopper_dkdv_kernel<D>, args.in.BH * tiles, HopperDkdv<D>::THREADS, sizeof(HopperDkdvShared<D>), stream,
+               hopper_backward_args<D>(shape, args));
 }
 
 template <int D>
@@ -777,31 +835,25 @@ static void acp_run_backward(const AcpShape *shape, const AcpBackward &args, cud
 }
 
 template <bool BACKWARD>
-static void acp_run_scan(const AcpScan &scan, int BH, cudaStream_t stream) {
-    dim3 grid((unsigned)((scan.T + ACP_CHUNK - 1) / ACP_CHUNK), (unsigned)BH);
-    acp_scan_kernel<BACKWARD><<<grid, 256, 0, stream>>>(scan);
-    CUDA_CHECK_LAUNCH();
+static void acp_run_scan(const AcpShape *shape, const AcpScan &scan, cudaStream_t stream) {
+    dim3 grid((unsigned)((scan.T + ACP_CHUNK - 1) / ACP_CHUNK), (unsigned)(shape->B * shape->H));
+    acp_launch(acp_on_hopper(shape), acp_scan_kernel<BACKWARD>, grid, 256, 0, stream, scan);
 }
 
 template <int D>
 static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const AcpSaved &saved, const AcpWork &work,
                             const AcpRanges &ranges, cudaStream_t stream) {
-    int BH = shape->B * shape->H;
-    dim3 grid((unsigned)in.blocks, (unsigned)BH);
+    dim3 grid((unsigned)in.blocks, (unsigned)in.BH);
+    bool early = acp_on_hopper(shape);
     if (shape->mode == ACP_PAPER && ranges.q_norm == NULL) {
-        acp_norms_kernel<D><<<grid, 128, 0, stream>>>(in, work.norms);
-        CUDA_CHECK_LAUNCH();
+        acp_launch(early, acp_norms_kernel<D>, grid, 128, 0, stream, in, work.norms);
     } else if (shape->mode == ACP_TIGHT) {
-        acp_key_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work);
-        CUDA_CHECK_LAUNCH();
-        acp_history_kernel<<<BH, 1024, 0, stream>>>(in.blocks, D, work);
-        CUDA_CHECK_LAUNCH();
+        acp_launch(early, acp_key_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work);
+        acp_launch(early, acp_history_kernel, in.BH, 1024, 0, stream, in.blocks, D, work);
         /* the same allowance for float32 as in cpu/acp.h */
-        acp_query_blocks_kernel<D><<<grid, 128, 0, stream>>>(in, saved, work, (float)(shape->log_tolerance - 0.02));
-        CUDA_CHECK_LAUNCH();
+        acp_launch(early, acp_query_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work, (float)(shape->log_tolerance - 0.02));
     }
-    acp_ranges_kernel<<<BH, 256, 0, stream>>>(ranges, saved, work);
-    CUDA_CHECK_LAUNCH();
+    acp_launch(early, acp_ranges_kernel, in.BH, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved, work);
 }
 
 static void acp_check(const AcpShape *s, int64_t stride, const void *q, const void *k, const void *v) {
@@ -809,6 +861,7 @@ static void acp_check(const AcpShape *s, int64_t stride, const void *q, const vo
     CUDA_REQUIRE(s->B >= 1 && s->T >= 1 && s->H >= 1, "B, T and H of at least 1 expected");
     CUDA_REQUIRE((int64_t)s->B * s->H <= 65535, "at most 65,535 heads in all sequences together expected");
     CUDA_REQUIRE((int64_t)s->B * s->H * s->T < INT32_MAX, "fewer than 2^31 rows of attention expected");
+    CUDA_REQUIRE(acp_num_blocks(s) <= ACP_MOST_BLOCKS, "at most 1,408,000 tokens in a sequence expected");
     CUDA_REQUIRE(s->log_tolerance < 0, "a negative log_tolerance expected");
     CUDA_REQUIRE(stride % 8 == 0 && stride >= (int64_t)s->H * s->D,
                  "a stride that is a multiple of 8 and at least H*D expected");
@@ -848,7 +901,7 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     int BH = shape->B * shape->H;
     AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
     AcpWork work = acp_work(shape, workspace, &bytes);
-    AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
+    AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape), BH};
     AcpScan scan = {in.T, in.blocks, log_f, NULL, saved, NULL};
     AcpRanges ranges = {shape->mode,
                         in.T,
@@ -862,7 +915,7 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
                         counts != NULL ? counts->skipped : NULL,
                         counts != NULL ? counts->total : NULL};
     AcpForward args = {in, saved, o, lse};
-    acp_run_scan<false>(scan, BH, stream);
+    acp_run_scan<false>(shape, scan, stream);
     if (shape->D == 64) {
         acp_find_ranges<64>(shape, in, saved, work, ranges, stream);
         acp_run_forward<64>(shape, args, stream);
@@ -881,7 +934,7 @@ extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk
     int BH = shape->B * shape->H;
     AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
     AcpWork work = acp_work(shape, workspace, &bytes);
-    AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape)};
+    AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape), BH};
     AcpBackward args = {in, saved, work, dout, o, lse, dq, dk, dv};
     AcpScan scan = {in.T, in.blocks, NULL, work.dc, saved, dlog_f};
     if (shape->D == 64) {
@@ -889,7 +942,7 @@ extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk
     } else {
         acp_run_backward<128>(shape, args, stream);
     }
-    acp_run_scan<true>(scan, BH, stream);
+    acp_run_scan<true>(shape, scan, stream);
 }
 
 #endif

@@ -34,31 +34,26 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-/* Eight bf16 in one 16-byte access; the address must be a multiple of 16 bytes. */
-struct alignas(16) Bf16x8 {
-    __nv_bfloat162 pair[4];
-};
+/* Eight bf16, loaded by one 16-byte access; the address must be a multiple of 16 bytes. As words: the compiler takes a struct of
+ * __nv_bfloat162, which has a copy constructor, apart into four loads. */
+typedef uint4 Bf16x8;
 
 /* Zeros where not wanted, so that lanes past the end of a row take part in sums without harm. */
 static __device__ __forceinline__ Bf16x8 load_raw8(const bf16 *p, bool wanted) {
-    Bf16x8 x = {};
-    if (wanted) {
-        x = *reinterpret_cast<const Bf16x8 *>(p);
-    }
-    return x;
+    return wanted ? *reinterpret_cast<const uint4 *>(p) : make_uint4(0, 0, 0, 0);
 }
 
 static __device__ __forceinline__ void unpack8(float out[8], const Bf16x8 &x) {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 f = __bfloat1622float2(x.pair[i]);
-        out[2 * i] = f.x;
-        out[2 * i + 1] = f.y;
+    for (int i = 0; i < 4; i++) { /* a bf16 is the upper half of a float */
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
 }
 
 static __device__ __forceinline__ void load8(float out[8], const bf16 *p) {
-    unpack8(out, *reinterpret_cast<const Bf16x8 *>(p));
+    unpack8(out, load_raw8(p, true));
 }
 
 static __device__ __forceinline__ void load8(float out[8], const float *p) {
@@ -67,13 +62,13 @@ static __device__ __forceinline__ void load8(float out[8], const float *p) {
     out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
 
+static __device__ __forceinline__ uint32_t pack2(float low, float high) {
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&x);
+}
+
 static __device__ __forceinline__ void store8(bf16 *p, const float in[8]) {
-    Bf16x8 x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        x.pair[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-    }
-    *reinterpret_cast<Bf16x8 *>(p) = x;
+    *reinterpret_cast<uint4 *>(p) = make_uint4(pack2(in[0], in[1]), pack2(in[2], in[3]), pack2(in[4], in[5]), pack2(in[6], in[7]));
 }
 
 static __device__ __forceinline__ void store8(float *p, const float in[8]) {

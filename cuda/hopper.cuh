@@ -429,7 +429,7 @@ template <int N>
 static __device__ __forceinline__ void hopper_pack(uint32_t (&p)[N / 2], const float (&s)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
-        p[i / 2] = acp_pack(s[i], s[i + 1]);
+        p[i / 2] = pack2(s[i], s[i + 1]);
     }
 }
 
@@ -447,8 +447,8 @@ static __device__ __forceinline__ void hopper_store_rows(const float (&acc)[D / 
         uint32_t piece = i % 4 * 2 + lane / 16;
         const float *x = &acc[i * 8];
         hopper_store_matrices(to + i / 4 * panel_bytes + ((piece ^ (row % 8)) << 4),
-                              acp_pack(x[0] * scale[0], x[1] * scale[0]), acp_pack(x[2] * scale[1], x[3] * scale[1]),
-                              acp_pack(x[4] * scale[0], x[5] * scale[0]), acp_pack(x[6] * scale[1], x[7] * scale[1]));
+                              pack2(x[0] * scale[0], x[1] * scale[0]), pack2(x[2] * scale[1], x[3] * scale[1]),
+                              pack2(x[4] * scale[0], x[5] * scale[0]), pack2(x[6] * scale[1], x[7] * scale[1]));
     }
     hopper_stores_visible();
     hopper_sync(barrier, HOPPER_WARPGROUP);

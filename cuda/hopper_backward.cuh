@@ -89,17 +89,18 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     HopperDqShared<D> &shared = *reinterpret_cast<HopperDqShared<D> *>(memory);
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
-    int place = hopper_uniform(p.saved.order[2][blockIdx.x]), tiles = (in.T + Traits::QUERIES - 1) / Traits::QUERIES;
-    int q0 = place % tiles * Traits::QUERIES, bh = place / tiles, b = bh / in.H, h = bh % in.H;
-    auto first_step = [&](int query) {
-        return hopper_uniform(p.saved.first[(int64_t)bh * in.blocks + query / ACP_BLOCK]) * (ACP_BLOCK / KEYS);
-    };
-    int begin = first_step(q0), end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS;
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.q_full, 1);
         shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
+    acp_begin();
+    int place = hopper_uniform(p.saved.order[2][blockIdx.x]), tiles = (in.T + Traits::QUERIES - 1) / Traits::QUERIES;
+    int q0 = place % tiles * Traits::QUERIES, bh = place / tiles, b = bh / in.H, h = bh % in.H;
+    auto first_step = [&](int query) {
+        return p.saved.first[(int64_t)bh * in.blocks + query / ACP_BLOCK] * (ACP_BLOCK / KEYS);
+    };
+    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS; /* and begin: looked up behind loads that need not wait for it */
     __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
@@ -109,7 +110,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             hopper_arrive_bytes(&shared.q_full, 2 * Traits::TILE);
             hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
             hopper_load_tile<D, Traits::QUERIES>(shared.dout, args.dout, b, h, q0, &shared.q_full);
-            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, begin, end);
+            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, first_step(q0), end);
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
@@ -119,17 +120,22 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         int row0 = q0 + group * 64,
             row = thread / 32 * 16 + lane / 4; /* this thread's queries: row0 + row, and 8 further */
         bool inside = row0 < in.T;
-        int top = inside ? row0 / KEYS : begin - 1, bottom = inside ? first_step(row0) : begin;
-        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         int64_t at = (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         float own[2], delta[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             acp_query_stats<D>(p, bh, row0 + row + i * 8, own[i], delta[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            delta[i] = acp_quad_sum(delta[i]);
             if (inside && lane % 4 == 0) {
                 p.work.offset[at + i * 8] = own[i];
             }
         }
+        int begin = hopper_uniform(first_step(q0)), top = inside ? row0 / KEYS : begin - 1,
+            bottom = inside ? hopper_uniform(first_step(row0)) : begin;
+        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t dout = hopper_operand(hopper_shared(shared.dout) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t k = hopper_operand(hopper_shared(shared.keys.k), KEYS * 128),
@@ -272,20 +278,21 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
     HopperDkdvShared<D> &shared = *reinterpret_cast<HopperDkdvShared<D> *>(memory);
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
-    int place = hopper_uniform(p.saved.order[1][blockIdx.x]), tiles = (in.T + Traits::KEYS - 1) / Traits::KEYS;
-    int k0 = place % tiles * Traits::KEYS, bh = place / tiles, b = bh / in.H, h = bh % in.H;
-    /* steps: from the first key's own query to the last query that sees the last key */
-    auto last_step = [&](int key) {
-        int last = hopper_uniform(p.saved.last[(int64_t)bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK]);
-        return (min(in.T, (last + 1) * ACP_BLOCK) - 1) / QUERIES;
-    };
-    int begin = k0 / QUERIES, end = last_step(k0 + Traits::KEYS - 1);
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.k_full, 1);
         shared.q_ring.init(4 * WARPGROUPS);
         shared.dout_ring.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
+    acp_begin();
+    int place = hopper_uniform(p.saved.order[1][blockIdx.x]), tiles = (in.T + Traits::KEYS - 1) / Traits::KEYS;
+    int k0 = place % tiles * Traits::KEYS, bh = place / tiles, b = bh / in.H, h = bh % in.H;
+    /* steps: from the first key's own query to the last query that sees the last key (looked up behind what need not wait) */
+    auto last_step = [&](int key) {
+        int last = p.saved.last[(int64_t)bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK];
+        return (min(in.T, (last + 1) * ACP_BLOCK) - 1) / QUERIES;
+    };
+    int begin = k0 / QUERIES;
     __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
@@ -296,6 +303,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_arrive_bytes(&shared.k_full, 2 * Traits::TILE);
             hopper_load_tile<D, Traits::KEYS>(shared.k, args.k, b, h, k0, &shared.k_full);
             hopper_load_tile<D, Traits::KEYS>(shared.v, args.v, b, h, k0, &shared.k_full);
+            int end = last_step(k0 + Traits::KEYS - 1);
             for (int i = 0; i <= end - begin; i++) {
                 int stage = i % STAGES, query = (begin + i) * QUERIES;
                 uint64_t *full = shared.q_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.offset[0]);
@@ -314,7 +322,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         int row0 = k0 + group * 64,
             row = thread / 32 * 16 + lane / 4; /* this thread's keys: row0 + row, and 8 further */
         bool inside = row0 < in.T;
-        int own_end = inside ? last_step(row0) : begin - 1;
+        int end = hopper_uniform(last_step(k0 + Traits::KEYS - 1)), own_end = inside ? hopper_uniform(last_step(row0)) : begin - 1;
         const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         const float *lifts = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         const float lift[2] = {lifts[0], lifts[8]};

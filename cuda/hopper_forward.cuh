@@ -104,16 +104,17 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     HopperForwardShared<D> &shared = *reinterpret_cast<HopperForwardShared<D> *>(memory);
     const AcpInputs &in = args.p.in;
     const AcpSaved &saved = args.p.saved;
-    int place = hopper_uniform(saved.order[0][blockIdx.x]), q0 = place % args.tiles * Traits::QUERIES,
-        bh = place / args.tiles;
-    int b = bh / in.H, h = bh % in.H;
-    const int *first = saved.first + (int64_t)bh * in.blocks;
-    int begin = hopper_uniform(first[q0 / ACP_BLOCK]), end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK;
     if (threadIdx.x == 0) {
         hopper_barrier_init(&shared.q_full, 1);
         shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
+    acp_begin();
+    int place = hopper_uniform(saved.order[0][blockIdx.x]), q0 = place % args.tiles * Traits::QUERIES,
+        bh = place / args.tiles;
+    int b = bh / in.H, h = bh % in.H;
+    const int *first = saved.first + (int64_t)bh * in.blocks;
+    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK; /* and begin: looked up behind what need not wait for it */
     __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
@@ -122,7 +123,8 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
             hopper_arrive_bytes(&shared.q_full, sizeof shared.q);
             hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
-            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, begin, end);
+            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, first[q0 / ACP_BLOCK],
+                             end);
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
@@ -132,6 +134,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         int row0 = q0 + group * 64, row = row0 + warp * 16 + lane / 4, block = row0 / ACP_BLOCK;
         /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
         bool inside = row0 < in.T;
+        int begin = hopper_uniform(first[q0 / ACP_BLOCK]);
         int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(first[block]) : begin;
         const float2 own_base = base[inside ? block : 0];
         HopperTurns<WARPGROUPS> turns(group);
@@ -227,6 +230,11 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                     step(HopperFlag<false>());
                 }
             }
+            float lift[2]; /* of this thread's queries, on its way during the last product */
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                lift[i] = saved.lift[(int64_t)bh * in.blocks * ACP_BLOCK + row + i * 8];
+            }
             shared.keys.v_ring.await(end - n - 1);
             hopper_hold(o);
             hopper_hold(p);
@@ -237,13 +245,12 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             hopper_hold(o);
             shared.keys.v_ring.release(end - n - 1);
 
-            const float *lift = saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float total = acp_quad_sum(sum[i]);
                 int t = row + i * 8;
                 if (lane % 4 == 0 && t < in.T) {
-                    args.p.lse[(int64_t)bh * in.T + t] = (float)ACP_LN2 * ((high[i] - lift[t]) + log2f(total));
+                    args.p.lse[(int64_t)bh * in.T + t] = (float)ACP_LN2 * ((high[i] - lift[i]) + log2f(total));
                 }
                 sum[i] = 1.0f / total;
             }

@@ -187,12 +187,15 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     float offset[MT][2], delta[MT][2], sum[MT][2];
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        int t = q0 + row0 + i * 8 + lane / 4;
-        acp_query_stats<D>(p, bh, t, offset[i / 2][i % 2], delta[i / 2][i % 2]);
-        if (lane % 4 == 0) {
-            p.work.offset[bh * in.blocks * ACP_BLOCK + t] = offset[i / 2][i % 2];
-        }
+        acp_query_stats<D>(p, bh, q0 + row0 + i * 8 + lane / 4, offset[i / 2][i % 2], delta[i / 2][i % 2]);
         sum[i / 2][i % 2] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < MT * 2; i++) {
+        delta[i / 2][i % 2] = acp_quad_sum(delta[i / 2][i % 2]);
+        if (lane % 4 == 0) {
+            p.work.offset[bh * in.blocks * ACP_BLOCK + q0 + row0 + i * 8 + lane / 4] = offset[i / 2][i % 2];
+        }
     }
     acp_copies_done();
     __syncthreads();

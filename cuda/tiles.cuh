@@ -49,11 +49,6 @@ static __device__ __forceinline__ float acp_exp2(float x) {
     return y;
 }
 
-static __device__ __forceinline__ uint32_t acp_pack(float low, float high) {
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<uint32_t *>(&x);
-}
-
 /* ROWS rows of D values, `stride` apart, into a tile; rows from `valid` on become zero. */
 template <int D, int ROWS, int THREADS>
 static __device__ __forceinline__ void acp_load_tile(uint32_t tile, const bf16 *rows, int64_t stride, int valid) {
@@ -164,7 +159,7 @@ static __device__ __forceinline__ void acp_product_ab(float acc[MT][D / 8][4], c
     for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[mt][i] = acp_pack(w[mt][2 * ks + i / 2][i % 2 * 2], w[mt][2 * ks + i / 2][i % 2 * 2 + 1]);
+            a[mt][i] = pack2(w[mt][2 * ks + i / 2][i % 2 * 2], w[mt][2 * ks + i / 2][i % 2 * 2 + 1]);
         }
     }
 #pragma unroll
@@ -206,7 +201,7 @@ static __device__ __forceinline__ void acp_store_rows(const float acc[MT][D / 8]
     for (int i = 0; i < MT * (D / 8) * 2; i++) {
         int mt = i / (D / 8 * 2), nt = i / 2 % (D / 8), half = i % 2, row = row0 + mt * 16 + half * 8 + g;
         *reinterpret_cast<uint32_t *>(tile + row * (2 * D) + ((nt ^ (row % 8)) << 4) + lane % 4 * 4) =
-            acp_pack(acc[mt][nt][2 * half] * scale[mt][half], acc[mt][nt][2 * half + 1] * scale[mt][half]);
+            pack2(acc[mt][nt][2 * half] * scale[mt][half], acc[mt][nt][2 * half + 1] * scale[mt][half]);
     }
     __syncwarp();
     constexpr int PIECES = D / 8, STEP = 32 / PIECES;
