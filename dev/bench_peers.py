@@ -17,14 +17,16 @@ from -1 to 8.5 over the heads; `trained`: those of a trained model, the sum over
                    score_mod; no gradient for the gate. T = 16k only
     cudnn, flash   dense causal attention without a gate, PyTorch's scaled_dot_product_attention on that backend
 
-Milliseconds between GPU events, the median over rounds; in a round every peer runs once, forward and backward, and
-nothing waits for the CPU. Gradients: of q, k, v and, where there is a gate, log f. A peer that fails is left out with
-its reason. Lines are printed and --out (JSON) is written after each shape; the last table has the ratios.
+Milliseconds between GPU events, the median over rounds; in a round every peer runs once, forward and backward, in an
+order drawn anew (how fast the chip runs depends on what it did just before), and nothing waits for the CPU. Gradients:
+of q, k, v and, where there is a gate, log f. A peer that fails is left out with its reason. Lines are printed and --out
+(JSON) is written after each shape; the last table has the ratios.
 """
 import argparse
 import gc
 import json
 import pathlib
+import random
 import statistics
 import sys
 import time
@@ -199,19 +201,20 @@ class Bench:
 
     def measure(self, x, flex):
         peers, kept = self.peers(x, flex)
+        order = random.Random(0)
         for name in list(peers):
             try:
-                one_round({name: peers[name]})
+                one_round({name: peers[name]}, order)
                 torch.cuda.synchronize()
             except Exception as error:  # a peer's own limits: no kernel for this shape, no memory, no compiler
                 why = (str(error).strip() or "-").splitlines()[0][:200]
                 print(f"{name} is left out: {type(error).__name__}: {why}", flush=True)
                 del peers[name]
         start = time.perf_counter()
-        one_round(peers)
+        one_round(peers, order)
         torch.cuda.synchronize()
         rounds = max(5, min(self.rounds, int(LONGEST_ROUNDS_S / (time.perf_counter() - start))))
-        marks = [one_round(peers) for _ in range(rounds)]
+        marks = [one_round(peers, order) for _ in range(rounds)]
         torch.cuda.synchronize()
         ms = {}
         for name in peers:
@@ -222,10 +225,12 @@ class Bench:
         return dict(kept=kept, rounds=rounds, ms=ms)
 
 
-def one_round(peers):
+def one_round(peers, order):
     """Enqueues every peer once; {name: events before, between and after its passes}."""
-    marks = {}
-    for name, (forward, backward) in peers.items():
+    marks, names = {}, list(peers)
+    order.shuffle(names)
+    for name in names:
+        forward, backward = peers[name]
         marks[name] = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         marks[name][0].record()
         o = forward()

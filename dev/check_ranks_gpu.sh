@@ -6,8 +6,9 @@
 #
 #   bandwidth   NCCL's bus bandwidth by size (nccl_bandwidth)
 #   tests       test_fox --only cuda_ranks: whole runs of a small model
-#   curves      125M, 100 steps of 65,536 tokens on 1 and on N GPUs, -z 1 and -z 0: losses within 2e-3 at every step, last
-#               validation within 1e-3
+#   curves      125M, $STEPS (100) steps of 65,536 tokens on 1 and on N GPUs, -z 1 and -z 0: losses within 2e-3 at every step, last
+#               validation within 1e-3. Peak rate 3e-4 after 32 steps: with the preset's 2e-3 after a tenth of so short a run,
+#               differences of rounding grow, as one GPU shows beside itself with other micro-batches; that one is shown, not judged
 #   reshard     125M, 20 steps each on 1, N and 1 GPUs, against 60 on one: the same bounds
 #   loss        125M on N GPUs: a rank killed, a rank stopped, SIGTERM; all end within 60 s, the last checkpoint goes on
 #   memory      760M on N GPUs, -z 1 and -z 0: the table against what the runtime says, within 3%
@@ -26,11 +27,13 @@ verdict() { # ok? TEXT
     if [ "$1" = 1 ]; then echo "ok      $2"; else echo "FAILED  $2"; failed=1; fi
 }
 
-# The processes of train_fox, without pgrep, which small containers lack.
+# The processes of train_fox that this script started; without pgrep, which small containers lack.
+export FOX_CHECK_RANKS=$$
 trainers() {
     local p
     for p in /proc/[0-9]*; do
-        [ "$(cat "$p/comm" 2>/dev/null)" != train_fox ] || echo "${p#/proc/}"
+        [ "$(cat "$p/comm" 2>/dev/null)" != train_fox ] || ! tr '\0' '\n' <"$p/environ" 2>/dev/null | grep -qx "FOX_CHECK_RANKS=$$" ||
+            echo "${p#/proc/}"
     done
 }
 
@@ -77,6 +80,7 @@ compare() {
     loss=$(difference step loss "$1" "$2")
     val=$(difference validation loss "$1" "$2")
     verdict "$(within "$loss" "$bound")" "$1 against $2: losses within $loss ($bound)"
+    bound=$(awk -v b="$bound" 'BEGIN { print b / 2 }')
     verdict "$(within "$val" "$bound")" "$1 against $2: validations within $val ($bound)"
 }
 
@@ -93,11 +97,15 @@ part_tests() {
 }
 
 part_curves() {
-    rm -rf $dir/one $dir/many* 
-    train 1 one fox-pro-125m $small -x 100 -v 50 -n -1
-    train "$n" many_z1 fox-pro-125m $small -x 100 -v 50 -n -1 -z 1
-    train "$n" many_z0 fox-pro-125m $small -x 100 -v 50 -n -1 -z 0
-    train "$n" many_bf16 fox-pro-125m $small -x 100 -v 50 -n -1 -z 1 --grad-dtype bf16
+    local steps=${STEPS:-100}
+    local recipe="$small -x $steps -v $((steps / 2)) -n -1 -l 3e-4 --warmup-tokens 2097152"
+    rm -rf $dir/one $dir/many* $dir/halves
+    train 1 one fox-pro-125m $recipe
+    train "$n" many_z1 fox-pro-125m $recipe -z 1
+    train "$n" many_z0 fox-pro-125m $recipe -z 0
+    train "$n" many_bf16 fox-pro-125m $recipe -z 1 --grad-dtype bf16
+    train 1 halves fox-pro-125m $recipe -b 2
+    echo "        one GPU with micro-batches of 2 for 4: losses within $(difference step loss one halves)"
     for run in many_z1 many_z0 many_bf16; do
         compare one $run "$([ $run = many_bf16 ] && echo 1e-2 || echo 2e-3)"
         echo "        $run: median ms, tokens/s, exchange ms, exposed ms, GB, bus GB/s, GiB, pruned: $(step_medians $dir/$run/metrics.jsonl 3)"
