@@ -69,7 +69,7 @@ static const OptionCase option_words[] = {
     {"out", 'o', "\"out\"", "runs/1", "o", "''", NULL},
     {"model", 'e', "\"fox-pro-125m\"", "fox-pro-tiny", "out/step_00000010", "''", NULL},
     {"sample-prompt", 0, "\"\"", "Once", "-dash", NULL, NULL},
-    {"acp", 0, "\"paper\"", "off", "tight", "on", "paper|tight"},
+    {"acp", 0, "\"tight\"", "off", "paper", "on", "paper|tight"},
     {"grad-dtype", 0, "\"float32\"", "bf16", "float32", "fp32", "0"},
     {"data-order", 0, "\"shuffle\"", "file", "shuffle", "files", "1"},
     {"device", 0, "\"auto\"", "cpu", "cuda", "gpu", "''"},

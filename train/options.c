@@ -55,7 +55,7 @@ static const Option table[] = {
     {NULL, 0, "data-order", OPTION_CHOICE, FIELD(data_order), "shuffle|file", NULL, "shuffle",
      "windows shuffled anew each epoch, or as in the shards"},
 
-    {"Attention and machine", 0, "acp", OPTION_CHOICE, FIELD(acp), "off|paper|tight", NULL, "paper",
+    {"Attention and machine", 0, "acp", OPTION_CHOICE, FIELD(acp), "off|paper|tight", NULL, "tight",
      "how attention is pruned"},
     {NULL, 0, "log-tolerance", OPTION_REAL, FIELD(log_tolerance), "-100", "-0.1", "-10",
      "ln of the attention mass that pruning may lose in a row"},
