@@ -127,7 +127,6 @@ typedef struct AcpQueryBlock {
     double C;
     double slack; /* rho = max_i (c_i - C - L_i), L_i <= log Z_i */
     double norm;  /* Q = max |q_i| */
-    double reach; /* max_i (c_i - C - L_i + |q_i| K / sqrt(D)), K the largest norm of all key blocks before */
 } AcpQueryBlock;
 
 static inline void acp_key_blocks(const AcpHead *head, int block_k, AcpKeyBlock *blocks) {
@@ -148,22 +147,17 @@ static inline void acp_key_blocks(const AcpHead *head, int block_k, AcpKeyBlock 
  * keys before the block (b its first row minus one), W their sum and kbar their mean, Jensen's inequality gives
  *     Z_i >= exp(s_ii) + exp(c_i - c_b) * W * exp(q_i.kbar / sqrt(D)).
  * Where lse is given (the forward pass has run, [T]), L_i = lse_i: it omits the mass pruned there, so it errs low. */
-static inline void acp_query_blocks(const AcpHead *head, int block_q, const AcpKeyBlock *keys, int block_k, const float *lse,
-                                    AcpQueryBlock *blocks) {
-    int T = head->T, D = head->D, n = 0; /* key blocks before */
-    double scale = 1.0 / sqrt((double)D), K = 0;
-    double mass = 0; /* W, and W * kbar: decayed to the row before the block */
+static inline void acp_query_blocks(const AcpHead *head, int block_q, const float *lse, AcpQueryBlock *blocks) {
+    int T = head->T, D = head->D;
+    double scale = 1.0 / sqrt((double)D), mass = 0; /* W, and W * kbar: decayed to the row before the block */
     float *mean = FOX_NEW(float, D);
     double *sum = FOX_NEW(double, D);
     for (int m = 0; m < acp_blocks(T, block_q); m++) {
         int start = m * block_q, last = acp_last_row(T, block_q, m);
         double C = head->c[start], before = start > 0 ? head->c[start - 1] : 0;
         blocks[m].C = C;
-        blocks[m].slack = blocks[m].reach = -INFINITY;
+        blocks[m].slack = -INFINITY;
         blocks[m].norm = 0;
-        for (; acp_last_row(T, block_k, n) < start; n++) {
-            K = fmax(K, keys[n].norm);
-        }
         for (int d = 0; d < D; d++) {
             mean[d] = mass > 0 ? (float)(sum[d] / mass) : 0;
         }
@@ -180,7 +174,6 @@ static inline void acp_query_blocks(const AcpHead *head, int block_q, const AcpK
             }
             blocks[m].slack = fmax(blocks[m].slack, head->c[i] - C - L);
             blocks[m].norm = fmax(blocks[m].norm, norm);
-            blocks[m].reach = fmax(blocks[m].reach, head->c[i] - C - L + scale * norm * K);
         }
         double decay = start > 0 ? exp(head->c[last] - before) : 0;
         mass *= decay;
@@ -201,11 +194,8 @@ static inline void acp_query_blocks(const AcpHead *head, int block_q, const AcpK
 
 /* First kept key block of every query block by the tight test: the same guarantee, fewer blocks.
  *
- * For query block m and an earlier key block n, row i's mass in n is at most
- *     exp(c_i - cl) * W * exp(|q_i| K_n / sqrt(D)) / Z_i <= exp(x_mn),
- *     x_mn = (C - cl) + log W + min(rho + Q K_n / sqrt(D), reach):
- * the largest slack and the largest |q_i| of the block may be those of different rows, which the second form knows, and
- * the first one knows the block's own keys.
+ * For query block m and an earlier key block n, any row's mass in n is at most
+ *     exp(c_i - cl) * W * exp(Q K / sqrt(D)) / Z_i <= exp(x_mn),   x_mn = rho + (C - cl) + log W + Q K / sqrt(D).
  * The longest prefix of key blocks with sum exp(x_mn) <= eps is skipped. Nothing assumes that x grows with n: every
  * skipped block is paid for in the sum. Taking the minimum over all later query blocks makes first[] non-decreasing,
  * which only keeps more.
@@ -219,14 +209,14 @@ static inline void acp_first_blocks_tight(const AcpHead *head, double log_tolera
     AcpKeyBlock *keys = FOX_NEW(AcpKeyBlock, nk);
     AcpQueryBlock *queries = FOX_NEW(AcpQueryBlock, nq);
     acp_key_blocks(head, block_k, keys);
-    acp_query_blocks(head, block_q, keys, block_k, lse, queries);
+    acp_query_blocks(head, block_q, lse, queries);
     for (int m = 0; m < nq; m++) {
         const AcpQueryBlock *query = &queries[m];
         double spent = 0;
         int n = 0;
         for (; acp_last_row(T, block_k, n) < m * block_q; n++) {
             const AcpKeyBlock *key = &keys[n];
-            spent += exp(fmin(query->slack + scale * query->norm * key->norm, query->reach) + (query->C - key->cl) + key->log_mass);
+            spent += exp(query->slack + (query->C - key->cl) + key->log_mass + scale * query->norm * key->norm);
             if (!(spent <= budget)) {
                 break;
             }
