@@ -85,7 +85,7 @@ typedef struct AcpWork {
     /* tight */
     float4 *keys;    /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
     float *key_sums; /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
-    float2 *history; /* [BH, blocks], of all blocks before: log of their decayed mass, max |k_j| */
+    float *log_mass; /* [BH, blocks], log of the decayed mass of all blocks before */
     int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
     /* backward */
     float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf beyond T */
@@ -128,7 +128,7 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
     w.keys = (float4 *)acp_take(start, &used, BH * blocks, sizeof(float4));
     w.key_sums = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
-    w.history = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
+    w.log_mass = (float *)acp_take(start, &used, BH * blocks, sizeof(float));
     w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     int64_t forward = used;
     used = 0; /* the backward pass no longer needs what found the ranges */
@@ -394,36 +394,34 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
     }
 }
 
-/* tight, the history before each block: log of the decayed mass of all earlier keys, their largest norm, and their mean,
- * which replaces key_sums. A thread folds one stretch of blocks for one column: first alone, then from where those before it end.
+/* tight, the history before each block: log of the decayed mass of all earlier keys, and their mean, which replaces
+ * key_sums. A thread folds one stretch of blocks for one column: first alone, then from where those before it end.
  * grid (BH), 1024 threads */
 static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, int D, AcpWork work) {
     enum { AHEAD = 8 }; /* loads in flight */
-    __shared__ float sums[1024], masses[1024], decays[1024], norms[1024];
+    __shared__ float sums[1024], masses[1024], decays[1024];
     int stretches = 1024 / D, stretch = threadIdx.x / D, column = threadIdx.x % D;
     int length = (blocks + stretches - 1) / stretches, begin = stretch * length, end = min(begin + length, blocks);
     float4 *keys = work.keys + (int64_t)blockIdx.x * blocks;
     float *key_sums = work.key_sums + (int64_t)blockIdx.x * blocks * D + column;
-    float mass = 0, sum = 0, decay = 1, norm = 0;
+    float mass = 0, sum = 0, decay = 1;
     acp_begin();
-    auto fold = [&](float other_mass, float other_sum, float other_decay, float other_norm) {
+    auto fold = [&](float other_mass, float other_sum, float other_decay) {
         mass = mass * other_decay + other_mass;
         sum = sum * other_decay + other_sum;
         decay *= other_decay;
-        norm = fmaxf(norm, other_norm);
     };
 #pragma unroll 8
     for (int n = begin; n < end; n++) {
-        fold(keys[n].z, key_sums[n * D], keys[n].w, keys[n].y);
+        fold(keys[n].z, key_sums[n * D], keys[n].w);
     }
     masses[threadIdx.x] = mass;
     sums[threadIdx.x] = sum;
     decays[threadIdx.x] = decay;
-    norms[threadIdx.x] = norm;
     __syncthreads();
-    mass = sum = norm = 0;
+    mass = sum = 0;
     for (int i = column; i < (int)threadIdx.x; i += D) {
-        fold(masses[i], sums[i], decays[i], norms[i]);
+        fold(masses[i], sums[i], decays[i]);
     }
     for (int n0 = begin; n0 < end; n0 += AHEAD) {
         float key_sum[AHEAD];
@@ -438,17 +436,16 @@ static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, in
             if (n0 + i < end) {
                 key_sums[(n0 + i) * D] = mass > 0 ? sum / mass : 0.0f;
                 if (column == 0) {
-                    work.history[(int64_t)blockIdx.x * blocks + n0 + i] = make_float2(logf(mass), norm);
+                    work.log_mass[(int64_t)blockIdx.x * blocks + n0 + i] = logf(mass);
                 }
-                fold(key[i].z, key_sum[i], key[i].w, key[i].y);
+                fold(key[i].z, key_sum[i], key[i].w);
             }
         }
     }
 }
 
 /* tight, the range of each query block. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its
- * own key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i), and reach the same with |q_i| and the
- * largest |k_j| before (cpu/acp.h). Then whole key blocks are
+ * own key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i). Then whole key blocks are
  * given up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once.
  * */
 template <int D>
@@ -463,8 +460,7 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
     const double *c = saved.c + bh * in.T;
     acp_begin();
     double C = c[start];
-    float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.history[at + m].x;
-    float longest = scale * work.history[at + m].y;
+    float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.log_mass[at + m];
     if (tid < D) {
         mean[tid] = work.key_sums[(at + m) * D + tid];
     }
@@ -473,7 +469,7 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
         upto = 0;
     }
     __syncthreads();
-    float rho = -INFINITY, reach = -INFINITY, q2 = 0;
+    float rho = -INFINITY, q2 = 0;
     for (int r0 = tid / LANES; r0 < ACP_BLOCK; r0 += 8 * ROWS) {
         Bf16x8 queries[8], keys[8]; /* all on their way before the first is waited for */
         double gates[8];
@@ -492,24 +488,20 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
             unpack8(k, keys[g]);
             float own = scale * acp_row_sum<D>(acp_dot8(q, k));
             float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
-            float own_q2 = acp_row_sum<D>(acp_dot8(q, q));
-            q2 = fmaxf(q2, own_q2);
+            q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
             float decay = (float)(gates[g] - C), history = decay + gap + log_mass + past;
             float high = fmaxf(own, history), low = fminf(own, history);
-            float slack = decay - (high + __logf(1.0f + __expf(low - high)));
-            rho = fmaxf(rho, slack);
-            reach = fmaxf(reach, slack + longest * own_q2 * rsqrtf(fmaxf(own_q2, 1e-30f))); /* |q_i|, without a branch */
+            rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
         }
     }
     rho = acp_block_max(rho, scratch);
-    reach = acp_block_max(reach, scratch);
     float norm = sqrtf(acp_block_max(q2, scratch));
     for (int n0 = 0; n0 < stop; n0 += ACP_BLOCK) {
         int n = n0 + tid;
         float mass = 0, spent = upto;
         if (n < m) {
             float4 key = work.keys[at + n];
-            mass = expf(fminf(rho + scale * norm * key.y, reach) + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x - log_budget);
+            mass = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y - log_budget);
         }
         spent += acp_block_scan(mass, scratch, AcpAdd());
         if (!(spent <= 1.0f)) { /* in units of the budget, which may itself be too small for float32 */
