@@ -14,9 +14,10 @@
 #                 scripts/throughput_table.sh
 #     profile     dev/profile_step.py: where the time of a step goes
 #
-# $STEPS and $PROFILE name the models and contexts: "fox-pro-125m:16384 fox-pro-760m:16384". The parts but `attention` and
-# `layers` need Python with the packages of dev/requirements.txt. A GPU that others use, or that was idle for long, gives other
-# figures: compare only what one run measured.
+# $STEPS and $PROFILE name the models and contexts: "fox-pro-125m:16384 fox-pro-760m:16384"; $ACP the kinds of pruning (paper
+# tight; the official program has paper and off). The parts but `attention` and `layers` need Python with the packages of
+# dev/requirements.txt. A GPU that others use, or that was idle for long, gives other figures: compare only what one run
+# measured.
 set -e
 cd "$(dirname "$0")/.."
 official='' fla='' out=build/bench_gpu parts=''
@@ -74,8 +75,9 @@ peers() {
 steps() {
     need_official
     make -s train_fox
-    for run in ${STEPS:-fox-pro-125m:16384 fox-pro-360m:16384 fox-pro-760m:4096 fox-pro-760m:16384}; do
-        "$python" dev/bench_official.py --official "$official" --model "${run%:*}" -T "${run#*:}" --acp off paper tight \
+    for run in ${STEPS:-fox-pro-125m:16384 fox-pro-125m:65536 fox-pro-360m:16384 fox-pro-760m:4096 fox-pro-760m:16384 fox-pro-760m:32768}; do
+        tokens=$([ "${run#*:}" -gt 32768 ] && echo "${run#*:}" || echo 32768)
+        "$python" dev/bench_official.py --official "$official" --model "${run%:*}" -T "${run#*:}" --batch-tokens "$tokens" --acp ${ACP:-paper tight} \
             --ours ./train_fox --out "$out/speed-${run%:*}-${run#*:}.json"
     done
 }

@@ -388,7 +388,7 @@ static void ranks_signal(Tests *t, const RankFixture *f, int launcher, int victi
         } else { // a launcher takes its time to pass it on; a rank that stands still keeps the run from ending meanwhile
             kill(processes[0], SIGSTOP);
             kill(child, number);
-            run_sleep(0.3);
+            run_sleep(1.5);
             kill(processes[0], SIGCONT);
         }
         run_expect(t, &f->run, what, run_wait(child), expected);
