@@ -65,6 +65,7 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
         setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1); // in a container the tests run as root
         setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
         signal(SIGINT, SIG_DFL); // a shell starts what runs in the background without it
+        signal(SIGUSR1, SIG_IGN); // as some start us: the trainer takes it all the same
         if (largest_file > 0) {
             struct rlimit limit = {(rlim_t)largest_file, (rlim_t)largest_file};
             signal(SIGXFSZ, SIG_IGN); // so that write() fails instead
@@ -76,15 +77,27 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
     return child;
 }
 
-/* Waits for the end. Returns the exit code, or minus the number of the signal that ended it. */
+static void run_sleep(double seconds) {
+    struct timespec time = {(time_t)seconds, (long)(1e9 * (seconds - floor(seconds)))};
+    nanosleep(&time, NULL);
+}
+
+enum { RUN_LONGEST = 240 }; /* seconds; some mpirun, one of whose ranks was killed while it connected, waits for itself forever */
+
+/* Waits for the end. Returns the exit code, or minus the number of the signal that ended it: SIGKILL for what does not end. */
 static int run_wait(pid_t child) {
     int status;
-    while (waitpid(child, &status, 0) < 0) {
-        if (errno != EINTR) {
-            return 127;
+    pid_t ended;
+    double start = fox_now();
+    while ((ended = waitpid(child, &status, WNOHANG)) == 0 || (ended < 0 && errno == EINTR)) {
+        run_sleep(0.001);
+        if (fox_now() - start > RUN_LONGEST) {
+            fprintf(stderr, "test_fox: process %d does not end: killed after %d s\n", (int)child, RUN_LONGEST);
+            kill(child, SIGKILL);
+            start = fox_now();
         }
     }
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    return ended < 0 ? 127 : WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
 static int run_command(const RunFixture *f, const char *command) {
@@ -283,14 +296,19 @@ static void test_run_resume(Tests *t, const RunFixture *f, const char *batch) {
     check(t, halves.starts == 2, "two starts in metrics.jsonl, found %d", halves.starts);
     check(t, strcmp(hash, resumed) == 0, "20 steps (%s) end with hash %s, 10 + 10 with %s", batch, hash, resumed);
     run_compare_logs(t, "20 steps against 10 + 10", &whole, &halves, 20, 0);
+    char *text = run_output(f, "stdout");
+    check(t, strstr(text, "changed") == NULL, "the same settings, found %s", text);
+    free(text);
+
+    snprintf(more, sizeof more, "-x 21 -n 10 %s -l 0.0625 -y", batch);
+    run_train_command(f, "whole", more, command);
+    run_expect(t, f, "a step with another rate", run_wait(run_start(f, command, 2, 0)), 0);
+    text = run_output(f, "stdout");
+    check(t, strstr(text, "changed   steps: 21, was 20\n") != NULL && strstr(text, "changed   lr: 0.0625, was ") != NULL, "changed settings are said, found %s", text);
+    free(text);
 }
 
 /* ---- signals */
-
-static void run_sleep(double seconds) {
-    struct timespec time = {(time_t)seconds, (long)(1e9 * (seconds - floor(seconds)))};
-    nanosleep(&time, NULL);
-}
 
 /* Kills a run that checkpoints at every step, again and again, at random moments: it always resumes, and every run that
  * comes to its end has the hash and the steps of one that was left alone. */

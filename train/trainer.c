@@ -1,5 +1,6 @@
 #include "trainer.h"
 
+#include "json.h"
 #include "schedule.h"
 
 #include <errno.h>
@@ -437,6 +438,43 @@ static void record_run(Trainer *t) {
     free(text);
 }
 
+/* A setting as text. */
+static void format_setting(const Json *value, char text[200]) {
+    if (value->type == JSON_STRING) {
+        snprintf(text, 200, "%s", value->string);
+    } else if (value->type == JSON_NUMBER) {
+        snprintf(text, 200, "%g", value->number);
+    } else {
+        snprintf(text, 200, "%s", value->type == JSON_BOOL && value->boolean ? "on" : "off");
+    }
+}
+
+/* One line for each setting that a resumed run takes up with another value than its checkpoint was written with. */
+static void say_changes(Trainer *t) {
+    char path[1100], was[200], is[200];
+    JsonDocument state, now;
+    snprintf(path, sizeof path, "%s/state.json", t->resume_dir);
+    if (t->ranks.rank != 0 || !json_parse_file(path, &state, NULL)) {
+        return;
+    }
+    if (json_parse(t->settings, strlen(t->settings), "settings", &now, NULL)) {
+        const Json *before = json_get(state.root, "settings");
+        for (const Json *setting = now.root->first; setting != NULL; setting = setting->next) {
+            const Json *old = json_get(before, setting->key);
+            if (old == NULL || strcmp(setting->key, "resume") == 0) {
+                continue;
+            }
+            format_setting(setting, is);
+            format_setting(old, was);
+            if (strcmp(is, was) != 0) {
+                metrics_say(&t->metrics, "changed   %s: %s, was %s", setting->key, is, was);
+            }
+        }
+        json_free(&now);
+    }
+    json_free(&state);
+}
+
 static void print_plan(Trainer *t) {
     const Options *o = &t->options;
     Metrics *m = &t->metrics;
@@ -455,21 +493,23 @@ static void print_plan(Trainer *t) {
                 t->ranks.size == 1 ? "" : "s");
     if (t->resume_dir[0]) {
         metrics_say(m, "resumes   %s at step %lld", t->resume_dir, (long long)t->state.step);
+        say_changes(t);
     } else if (o->resume) {
         metrics_say(m, "resumes   nothing: no checkpoint in %s yet, a new run begins", o->out);
     }
 }
 
-/* SIGUSR1 is what mpirun passes on and srun --signal sends; SIGHUP comes when a terminal, or mpirun's, goes. A signal that the
- * caller told us to ignore (nohup) stays ignored. */
+/* SIGUSR1 is what mpirun passes on and srun --signal sends; SIGHUP comes when a terminal, or mpirun's, goes. SIGINT and SIGHUP stay
+ * ignored where the caller ignored them (nohup, a shell's background). The other two are never anything but a wish to us, and some
+ * that start programs ignore SIGUSR1 themselves. */
 static void take_signals(void) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP};
+    static const int signals[] = {SIGTERM, SIGUSR1, SIGINT, SIGHUP};
     struct sigaction action, before;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
-        if (sigaction(signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) {
+        if (sigaction(signals[i], NULL, &before) == 0 && (i < 2 || before.sa_handler != SIG_IGN)) {
             sigaction(signals[i], &action, NULL);
         }
     }
