@@ -66,6 +66,12 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
         setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
         signal(SIGINT, SIG_DFL); // a shell starts what runs in the background without it
         signal(SIGUSR1, SIG_IGN); // as some start us: the trainer takes it all the same
+        sigset_t blocked; // some block signals too, and so for mpirun, which would pass none on
+        sigemptyset(&blocked);
+        if (strstr(argv[0], "mpirun") == NULL) {
+            sigaddset(&blocked, SIGUSR1);
+        }
+        sigprocmask(SIG_SETMASK, &blocked, NULL);
         if (largest_file > 0) {
             struct rlimit limit = {(rlim_t)largest_file, (rlim_t)largest_file};
             signal(SIGXFSZ, SIG_IGN); // so that write() fails instead

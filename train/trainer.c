@@ -501,18 +501,22 @@ static void print_plan(Trainer *t) {
 
 /* SIGUSR1 is what mpirun passes on and srun --signal sends; SIGHUP comes when a terminal, or mpirun's, goes. SIGINT and SIGHUP stay
  * ignored where the caller ignored them (nohup, a shell's background). The other two are never anything but a wish to us, and some
- * that start programs ignore SIGUSR1 themselves. */
+ * that start programs ignore or block SIGUSR1 themselves. */
 static void take_signals(void) {
     static const int signals[] = {SIGTERM, SIGUSR1, SIGINT, SIGHUP};
     struct sigaction action, before;
+    sigset_t ours;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
+    sigemptyset(&ours);
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
+        sigaddset(&ours, signals[i]);
         if (sigaction(signals[i], NULL, &before) == 0 && (i < 2 || before.sa_handler != SIG_IGN)) {
             sigaction(signals[i], &action, NULL);
         }
     }
+    pthread_sigmask(SIG_UNBLOCK, &ours, NULL);
 }
 
 bool trainer_open_output(Trainer *t, FoxError *err) {
