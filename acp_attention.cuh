@@ -54,9 +54,9 @@
 #include "cuda/tiles.cuh"
 
 enum {
-    ACP_BLOCK = 128,  /* queries, and keys, in a block: the grain of pruning */
-    ACP_CHUNK = 2048, /* steps that one thread block of a scan covers: 256 threads, 8 each */
-    ACP_RANGES_SHARED = 20, /* bytes of shared memory that the search for ranges needs for each block */
+    ACP_BLOCK = 128,         /* queries, and keys, in a block: the grain of pruning */
+    ACP_CHUNK = 2048,        /* steps that one thread block of a scan covers: 256 threads, 8 each */
+    ACP_RANGES_SHARED = 20,  /* bytes of shared memory that the search for ranges needs for each block */
     ACP_MOST_BLOCKS = 11000, /* that fit in it: 1.4 million tokens */
 };
 
@@ -139,8 +139,8 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     return w;
 }
 
-/* The first words of a kernel that is launched early (see acp_launch): the next kernel's thread blocks may take their places,
- * and this one waits until all that came before it in the stream is done. */
+/* The first words of a kernel that is launched early (see acp_launch): the next kernel's thread blocks may take their
+ * places, and this one waits until all that came before it in the stream is done. */
 static __device__ __forceinline__ void acp_begin(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
@@ -530,8 +530,9 @@ struct AcpRanges {
     unsigned long long *skipped, *total; /* [H] or NULL */
 };
 
-/* first and last of one row, and its share of the counts. grid (BH), 256 threads, and of each block 20 bytes of shared memory;
- * the threads take query blocks from the last to the first, so that the minimum over all later blocks is a scan over threads. */
+/* first and last of one row, and its share of the counts. grid (BH), 256 threads, ACP_RANGES_SHARED bytes for each
+ * block; the threads take query blocks from the last to the first, so that the minimum over all later blocks is a scan
+ * over threads. */
 static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork work) {
     __shared__ int scan[8], lowest;
     __shared__ unsigned long long skipped;
@@ -703,8 +704,8 @@ struct AcpBackward {
     bf16 *dq, *dk, *dv;
 };
 
-/* Of query t of row bh, by the four neighbouring lanes that have it: (-lift - lse) in units of log 2, and each lane's share of
- * delta = dO.o (acp_quad_sum adds them up); beyond the end -inf and 0. */
+/* Of query t of row bh, by the four neighbouring lanes that have it: (-lift - lse) in units of log 2, and each lane's
+ * share of delta = dO.o (acp_quad_sum adds them up); beyond the end -inf and 0. */
 template <int D>
 static __device__ __forceinline__ void acp_query_stats(const AcpBackward &p, int64_t bh, int t, float &offset,
                                                        float &delta) {
@@ -746,11 +747,12 @@ static __device__ __forceinline__ float acp_weight(float s, float scale, float o
 
 #include "cuda/hopper_backward.cuh"
 
-/* Launches a kernel. early: it begins with acp_begin(), and its thread blocks may take their places while the kernel before it
- * still runs, which hides what a launch costs; where all kernels of attention are short, that is much of their time. */
+/* Launches a kernel. early: it begins with acp_begin(), and its thread blocks may take their places while the kernel
+ * before it still runs, which hides what a launch costs. Where all kernels of attention are short, that is much of
+ * their time. */
 template <typename... Parameters, typename... Args>
-static void acp_launch(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-                       const Args &...args) {
+static void acp_launch(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                       cudaStream_t stream, const Args &...args) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -786,14 +788,15 @@ template <int D>
 static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaStream_t stream) {
     if (!acp_on_hopper(shape)) {
         acp_run_order(args.in, args.saved, false, ACP_BLOCK, ACP_BLOCK, ACP_BLOCK, stream);
-        acp_launch(false, acp_forward_kernel<D>, args.in.BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), stream, args);
+        acp_launch(false, acp_forward_kernel<D>, args.in.BH * args.in.blocks, 128, sizeof(AcpForwardShared<D>), stream,
+                   args);
         return;
     }
     using Traits = HopperForward<D>;
     acp_run_order(args.in, args.saved, true, Traits::QUERIES, HopperDkdv<D>::KEYS, HopperDq<D>::QUERIES, stream);
     HopperForwardArgs hopper = hopper_forward_args<D>(shape, args);
-    acp_launch(true, hopper_forward_kernel<D>, args.in.BH * hopper.tiles, Traits::THREADS, sizeof(HopperForwardShared<D>), stream,
-               hopper);
+    acp_launch(true, hopper_forward_kernel<D>, args.in.BH * hopper.tiles, Traits::THREADS,
+               sizeof(HopperForwardShared<D>), stream, hopper);
 }
 
 /* The one place where backward kernels are chosen: dq, with offset and delta; then dk, dv and work.dc. */
@@ -811,13 +814,13 @@ static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStrea
 template <int D>
 static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStream_t stream) {
     if (!acp_on_hopper(shape)) {
-        acp_launch(false, acp_dkdv_kernel<D>, args.in.BH * args.in.blocks, AcpDkdvTraits<D>::THREADS, sizeof(AcpDkdvShared<D>),
-                   stream, args);
+        acp_launch(false, acp_dkdv_kernel<D>, args.in.BH * args.in.blocks, AcpDkdvTraits<D>::THREADS,
+                   sizeof(AcpDkdvShared<D>), stream, args);
         return;
     }
     int tiles = (args.in.T + HopperDkdv<D>::KEYS - 1) / HopperDkdv<D>::KEYS;
-    acp_launch(true, hopper_dkdv_kernel<D>, args.in.BH * tiles, HopperDkdv<D>::THREADS, sizeof(HopperDkdvShared<D>), stream,
-               hopper_backward_args<D>(shape, args));
+    acp_launch(true, hopper_dkdv_kernel<D>, args.in.BH * tiles, HopperDkdv<D>::THREADS, sizeof(HopperDkdvShared<D>),
+               stream, hopper_backward_args<D>(shape, args));
 }
 
 template <int D>
@@ -842,10 +845,11 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
     } else if (shape->mode == ACP_TIGHT) {
         acp_launch(early, acp_key_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work);
         acp_launch(early, acp_history_kernel, in.BH, 1024, 0, stream, in.blocks, D, work);
-        /* the same allowance for float32 as in cpu/acp.h */
-        acp_launch(early, acp_query_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work, (float)(shape->log_tolerance - 0.02));
+        float log_budget = (float)(shape->log_tolerance - 0.02); /* the same allowance for float32 as in cpu/acp.h */
+        acp_launch(early, acp_query_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work, log_budget);
     }
-    acp_launch(early, acp_ranges_kernel, in.BH, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved, work);
+    acp_launch(early, acp_ranges_kernel, in.BH, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved,
+               work);
 }
 
 static void acp_check(const AcpShape *s, int64_t stride, const void *q, const void *k, const void *v) {

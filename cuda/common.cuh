@@ -34,8 +34,8 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-/* Eight bf16, loaded by one 16-byte access; the address must be a multiple of 16 bytes. As words: the compiler takes a struct of
- * __nv_bfloat162, which has a copy constructor, apart into four loads. */
+/* Eight bf16, loaded by one 16-byte access; the address must be a multiple of 16 bytes. As words: a struct of
+ * __nv_bfloat162, which has a copy constructor, the compiler takes apart into four loads. */
 typedef uint4 Bf16x8;
 
 /* Zeros where not wanted, so that lanes past the end of a row take part in sums without harm. */
@@ -68,7 +68,8 @@ static __device__ __forceinline__ uint32_t pack2(float low, float high) {
 }
 
 static __device__ __forceinline__ void store8(bf16 *p, const float in[8]) {
-    *reinterpret_cast<uint4 *>(p) = make_uint4(pack2(in[0], in[1]), pack2(in[2], in[3]), pack2(in[4], in[5]), pack2(in[6], in[7]));
+    *reinterpret_cast<uint4 *>(p) =
+        make_uint4(pack2(in[0], in[1]), pack2(in[2], in[3]), pack2(in[4], in[5]), pack2(in[6], in[7]));
 }
 
 static __device__ __forceinline__ void store8(float *p, const float in[8]) {

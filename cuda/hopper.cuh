@@ -3,13 +3,18 @@
  *
  * A tile of 16-bit values is [rows][D], held as D / 64 panels of [rows][64]: a row of a panel is 128 bytes, its eight
  * 16-byte pieces stored in the order piece ^ (row % 8). That is TMA's and wgmma's 128-byte swizzle; panels begin at
- * multiples of 1024 bytes. The same tile serves as an operand in both directions, so nothing is ever transposed: summed
- * along columns   A or B of S = Q K^T              hopper_product_abt summed along rows      B of O = P V, dQ = dS K,
- * ...     hopper_product_ab
+ * multiples of 1024 bytes. The same tile serves as an operand in both directions, so nothing is ever transposed:
+ *
+ *     summed along columns    A or B of S = Q K^T             hopper_product_abt
+ *     summed along rows       B of O = P V, dQ = dS K, ...    hopper_product_ab
  *
  * Accumulators of a product with 64 rows and N columns: thread t of a warpgroup, with g = t % 32 / 4 and p = t % 4,
- * holds acc[4 i + 0, 1]   row 16 (t / 32) + g,      columns 8 i + 2 p, 8 i + 2 p + 1 acc[4 i + 2, 3]   row 16 (t / 32)
- * + g + 8,  the same columns Rounded to bf16 and packed in this order they are the A operand of the next product. */
+ * holds
+ *
+ *     acc[4 i + 0, 1]    row 16 (t / 32) + g,        columns 8 i + 2 p, 8 i + 2 p + 1
+ *     acc[4 i + 2, 3]    row 16 (t / 32) + g + 8,    the same columns
+ *
+ * Rounded to bf16 and packed in this order they are the A operand of the next product. */
 #ifndef FOX_HOPPER_CUH
 #define FOX_HOPPER_CUH
 

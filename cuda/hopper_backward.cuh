@@ -100,7 +100,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     auto first_step = [&](int query) {
         return p.saved.first[(int64_t)bh * in.blocks + query / ACP_BLOCK] * (ACP_BLOCK / KEYS);
     };
-    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS; /* and begin: looked up behind loads that need not wait for it */
+    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS; /* begin is looked up behind loads that need not wait */
     __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
@@ -287,7 +287,8 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
     acp_begin();
     int place = hopper_uniform(p.saved.order[1][blockIdx.x]), tiles = (in.T + Traits::KEYS - 1) / Traits::KEYS;
     int k0 = place % tiles * Traits::KEYS, bh = place / tiles, b = bh / in.H, h = bh % in.H;
-    /* steps: from the first key's own query to the last query that sees the last key (looked up behind what need not wait) */
+    /* steps: from the first key's own query to the last query that sees the last key, which is looked up behind loads
+     * that need not wait for it */
     auto last_step = [&](int key) {
         int last = p.saved.last[(int64_t)bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK];
         return (min(in.T, (last + 1) * ACP_BLOCK) - 1) / QUERIES;
@@ -322,7 +323,8 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         int row0 = k0 + group * 64,
             row = thread / 32 * 16 + lane / 4; /* this thread's keys: row0 + row, and 8 further */
         bool inside = row0 < in.T;
-        int end = hopper_uniform(last_step(k0 + Traits::KEYS - 1)), own_end = inside ? hopper_uniform(last_step(row0)) : begin - 1;
+        int end = hopper_uniform(last_step(k0 + Traits::KEYS - 1)),
+            own_end = inside ? hopper_uniform(last_step(row0)) : begin - 1;
         const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         const float *lifts = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         const float lift[2] = {lifts[0], lifts[8]};

@@ -114,7 +114,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         bh = place / args.tiles;
     int b = bh / in.H, h = bh % in.H;
     const int *first = saved.first + (int64_t)bh * in.blocks;
-    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK; /* and begin: looked up behind what need not wait for it */
+    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK; /* begin is looked up behind loads that need not wait */
     __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);

@@ -9,7 +9,7 @@
 #   curves      125M, the first $STEPS (100) steps of the papers' recipe (warm-up over 256Mi tokens) in steps of 65,536 tokens, on 1
 #               and on N GPUs, -z 1 and -z 0: losses within 2e-3 at every step, last validation within 1e-3. One GPU with other
 #               micro-batches shows how far rounding alone carries; that is printed, not judged
-#   reshard     125M, 20 steps each on 1, N and 1 GPUs, against 60 on one: the same bounds
+#   reshard     125M, 20 steps each on 1, N and 1 GPUs (from four on: N, N / 2 and 1), against 60 on one: the same bounds
 #   loss        125M on N GPUs: a rank killed, a rank stopped, SIGTERM; all end within 60 s, the last checkpoint goes on
 #   memory      760M on N GPUs, -z 1 and -z 0: the table against what the runtime says, within 3%
 #   stall       760M on N GPUs: a checkpoint during training costs less than 1 s (20 steps are enough for a disk of 0.8 GB/s to be ready for
@@ -115,17 +115,19 @@ part_curves() {
 }
 
 part_reshard() {
+    local counts="1 $n 1" end=0
+    [ "$n" -le 2 ] || counts="$n $((n / 2)) 1"
     rm -rf $dir/straight $dir/reshard
     train 1 straight fox-pro-125m $small -x 60 -v 20 -n -1
-    for run in "1 20" "$n 40" "1 60"; do
-        set -- $run
-        train "$1" reshard fox-pro-125m $small -x 60 -v 20 -n 20 -y || true
+    for gpus in $counts; do
+        end=$((end + 20))
+        train "$gpus" reshard fox-pro-125m $small -x 60 -v 20 -n 20 -y || true
         for step in 40 60; do # the schedule is of 60 steps: drop what came too early
-            [ $step -le "$2" ] || rm -rf $dir/reshard/step_000000$step
+            [ $step -le $end ] || rm -rf $dir/reshard/step_000000$step
         done
     done
     compare straight reshard
-    verdict "$(grep -c '"kind": "run"' $dir/reshard/metrics.jsonl | grep -cx 3)" "three starts: 1, $n, 1 GPUs"
+    verdict "$(grep -c '"kind": "run"' $dir/reshard/metrics.jsonl | grep -cx 3)" "three starts, on $counts GPUs"
 }
 
 # lose SIGNAL WORDS: a run, one rank of which gets a signal; with WORDS it must fail and name the rank
