@@ -500,10 +500,10 @@ static void print_plan(Trainer *t) {
 }
 
 /* SIGUSR1 is what mpirun passes on and srun --signal sends; SIGHUP comes when a terminal, or mpirun's, goes. SIGINT and SIGHUP stay
- * ignored where the caller ignored them (nohup, a shell's background). The other two are never anything but a wish to us, and some
+ * ignored where the caller ignored them (nohup, a shell's background). The other two are never anything but a wish, and some
  * that start programs ignore or block SIGUSR1 themselves. */
 static void take_signals(void) {
-    static const int signals[] = {SIGTERM, SIGUSR1, SIGINT, SIGHUP};
+    static const int signals[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP};
     struct sigaction action, before;
     sigset_t ours;
     memset(&action, 0, sizeof action);
@@ -511,8 +511,9 @@ static void take_signals(void) {
     action.sa_flags = SA_RESTART;
     sigemptyset(&ours);
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
+        bool wish = signals[i] == SIGTERM || signals[i] == SIGUSR1;
         sigaddset(&ours, signals[i]);
-        if (sigaction(signals[i], NULL, &before) == 0 && (i < 2 || before.sa_handler != SIG_IGN)) {
+        if (sigaction(signals[i], NULL, &before) == 0 && (wish || before.sa_handler != SIG_IGN)) {
             sigaction(signals[i], &action, NULL);
         }
     }
