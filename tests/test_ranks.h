@@ -252,6 +252,19 @@ static void ranks_check_rest(Tests *t, const RankFixture *f, const char *what, c
     run_remove(&f->run, "lost");
 }
 
+/* Waits until a checkpoint is whole, which is some steps after its own, and until training has gone on from there. */
+static void ranks_await_checkpoint(Tests *t, const RankFixture *f, const char *what) {
+    RunLog log;
+    int last = RUN_MAX_STEPS; // step at which it was whole
+    double deadline = fox_now() + 20;
+    do {
+        run_sleep(0.005);
+        run_read_log(&f->run, "lost", &log);
+        last = log.checkpoints > 0 && log.last < last ? log.last : last;
+    } while (log.last <= last && fox_now() < deadline);
+    check(t, log.last > last, "%s: a checkpoint is whole before step %d", what, log.last);
+}
+
 typedef enum Loss { LOSS_KILL, LOSS_STOP, LOSS_HANG } Loss;
 
 /* Stops one thread of a process, not the others: a main thread that hangs. A child of ours traces it, until it is gone. */
@@ -290,11 +303,8 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     bool hang = loss == LOSS_HANG;
     pid_t child = ranks_start(t, f, launcher, f->ranks, "lost", hang ? RANKS_LONG " -n 150" : RANKS_LONG, hang ? 151 : 12, processes);
     snprintf(dir, sizeof dir, "%s/lost", f->run.root);
-    double start = fox_now(); // a checkpoint is whole some steps after its own
-    while (!checkpoint_latest(dir, path, NULL) && fox_now() < start + 20) {
-        run_sleep(0.005);
-    }
-    start = fox_now();
+    ranks_await_checkpoint(t, f, what);
+    double start = fox_now();
     if (loss == LOSS_HANG && !ranks_hang(processes[victim])) {
         printf("ranks: a main thread that hangs is skipped: no ptrace here (%s)\n", strerror(errno));
         kill(child, SIGTERM);

@@ -216,7 +216,7 @@ typedef struct RunLog {
     int count[RUN_MAX_STEPS];       /* lines of each step */
     double loss[RUN_MAX_STEPS], grad_norm[RUN_MAX_STEPS];
     int last;                       /* largest step */
-    int starts;                     /* "run" lines */
+    int starts, checkpoints;        /* "run" lines; "checkpoint" lines */
 } RunLog;
 
 static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
@@ -230,7 +230,8 @@ static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
             continue; // a child that was killed may leave part of a line
         }
         const Json *kind = json_get(document.root, "kind"), *step = json_get(document.root, "step");
-        bool is_step = kind != NULL && step != NULL && kind->type == JSON_STRING && strcmp(kind->string, "step") == 0;
+        const char *name_of_kind = kind != NULL && kind->type == JSON_STRING ? kind->string : "";
+        bool is_step = step != NULL && strcmp(name_of_kind, "step") == 0;
         if (is_step && step->integer > 0 && step->integer < RUN_MAX_STEPS) {
             int s = (int)step->integer;
             log->count[s]++;
@@ -238,7 +239,8 @@ static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
             log->grad_norm[s] = json_get(document.root, "grad_norm")->number;
             log->last = s > log->last ? s : log->last;
         }
-        log->starts += kind != NULL && kind->type == JSON_STRING && strcmp(kind->string, "run") == 0;
+        log->starts += strcmp(name_of_kind, "run") == 0;
+        log->checkpoints += strcmp(name_of_kind, "checkpoint") == 0;
         json_free(&document);
     }
     free(text);

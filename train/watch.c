@@ -225,8 +225,12 @@ FOX_NORETURN static void lost(Watch *w, const Peer *peer, const char *how) {
     }
     Message own = own_status(w); // rank 0 says nothing of its step; it is ours
     char text[TEXT];
+    bool speaker = speaks(w, true);
     snprintf(text, sizeof text, "%s %s in step %lld", name, how, (long long)own.step + 1);
-    end(w, text, speaks(w, true));
+    if (!speaker) { // it may notice a beat later: a launcher would end it as soon as this process has ended
+        sleep((unsigned)(2 * BEAT));
+    }
+    end(w, text, speaker);
 }
 
 static void handle(Watch *w, Peer *peer, const Message *m) {
