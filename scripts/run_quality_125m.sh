@@ -5,6 +5,7 @@
 #
 #   scripts/run_quality_125m.sh data/fineweb              all runs, then the table and the picture
 #   RUNS="off paper" scripts/run_quality_125m.sh data     these; what is done already is not done again
+#   GPUS="0 1" scripts/run_quality_125m.sh data           on these GPUs (all), a run on each, side by side
 #
 #   model    fox-pro-125m, transformer-pro-125m
 #   tokens   $TOKENS (100e6) a run: 762 steps of 131,072; about 1e17 floating-point operations each
@@ -14,7 +15,7 @@
 #            (docs/results/training.md), which is 3 and 6.6 minutes a run
 #
 # Needs a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass (scripts/data_*.sh, .py). Results:
-# $OUT.json, $OUT.txt, $OUT.png (build/quality_125m). $KEEP (build/quality_125m): every run's folder with metrics.jsonl and its last
+# $OUT.json, $OUT.txt, $OUT.png (build/quality_125m; $OUT.RUN.json: those that are done). $KEEP (build/quality_125m): every run's folder with metrics.jsonl and its last
 # checkpoint, for scripts/figure_*.py and `scripts/throughput_table.sh --checkpoint`. Further options go to dev/compare_training.py.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -34,22 +35,47 @@ python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "$python is missing; PYTHON names another one"
 "$python" -c 'import numpy' 2>/dev/null || fail "Python packages are missing: $python -m pip install -r scripts/requirements.txt"
 [ -x train_fox ] || fail 'train_fox is missing: run make first'
+gpus=${GPUS:-${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')}}
+gpus=$(echo "${gpus:-0}" | tr ',' ' ')
 
+# compare JSON [options or runs]: dev/compare_training.py with what all runs share
 compare() {
-    local merge=()
-    [ -e "$out.json" ] && merge=(--merge "$out.json")
-    "$python" dev/compare_training.py "${merge[@]}" --out "$out.json" --keep "$keep" --data "$data" --model fox-pro-125m -T 16384 \
-        --batch-tokens 131072 --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 32 --val-every 80 "$@"
+    local json=$1
+    shift
+    "$python" dev/compare_training.py --out "$json" --keep "$keep" --data "$data" --model fox-pro-125m -T 16384 --batch-tokens 131072 \
+        --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 32 --val-every 80 "$@"
 }
-for run in ${RUNS:-off paper tight transformer paper@2}; do
-    if [ -e "$out.json" ] && "$python" -c 'import json, sys; sys.exit(sys.argv[2] not in json.load(open(sys.argv[1]))["runs"])' "$out.json" "$run"; then
-        echo "$run: done already"
-        continue
+# train PLACE RUN [options]: into $out.RUN.json, on the GPU of this place among $gpus
+train() {
+    local gpu run=$2
+    gpu=$(echo "$gpus" | cut -d' ' -f$(($1 + 1)))
+    shift 2
+    if ! CUDA_VISIBLE_DEVICES=$gpu compare "$out.$run.json" "$run" "$@" >"$out.$run.log" 2>&1; then
+        rm -f "$out.$run.json"
+        fail "$(grep . "$out.$run.log" | tail -n 2)"
     fi
-    compare "$run" "$@" >"$out.log" 2>&1 || fail "$(grep . "$out.log" | tail -n 2)"
-    grep "^$run: " "$out.log"
+    grep "^$run: " "$out.$run.log"
+    rm -f "$out.$run.log"
+}
+export -f fail compare train
+export data out keep python gpus
+
+todo=
+for run in ${RUNS:-off transformer paper tight paper@2}; do # the long ones first
+    if [ -e "$out.$run.json" ]; then
+        echo "$run: done already"
+    else
+        todo="$todo $run"
+    fi
 done
-rm -f "$out.log"
-compare "$@" | tee "$out.txt" || fail 'the table could not be made'
+# shellcheck disable=SC2016,SC2086
+printf '%s\n' $todo | xargs -r -P "$(echo "$gpus" | wc -w)" -I{} --process-slot-var=place bash -u -c 'train "$place" "$@"' train {} "$@" || exit 1
+parts=()
+for kind in official official-off off paper tight transformer; do
+    for part in "$out.$kind.json" "$out.$kind"@*.json; do
+        [ ! -e "$part" ] || parts+=("$part")
+    done
+done
+compare "$out.json" --merge "${parts[@]}" "$@" | tee "$out.txt" || fail 'the table could not be made'
 "$python" dev/plot_training.py "$out.json" "$out.png" || fail "the picture could not be drawn; $out.json holds all of it"
 echo "$out.json $out.txt $out.png; runs: $keep"

@@ -6,6 +6,7 @@ mean nothing: what they measure is put where it belongs.
 
 Ends with "N passed, N failed".
 """
+
 import argparse
 import json
 import os
@@ -27,34 +28,68 @@ ENVIRONMENT = dict(os.environ, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
 def is_picture(t, path, what):
     data = path.read_bytes()
     width, height = struct.unpack(">II", data[16:24])
-    t.check(data[:8] == b"\x89PNG\r\n\x1a\n" and width > 300 and height >
-            200 and len(data) > 5000, f"{what}: {width} x {height}")
+    t.check(data[:8] == b"\x89PNG\r\n\x1a\n" and width > 300 and height > 200 and len(data) > 5000, f"{what}: {width} x {height}")
 
 
 def check_layout(t):
     """The table and the picture of made-up rows."""
+
     def row(program, T, acp, speed, **more):
-        return dict(program=program, model="fox-pro-125m", context=T, acp=acp, weights="gates", tokens_per_s=speed, device="chip",
-                    date="day", commit="abc", **more)
-    rows = [row("ours", 4096, "off", 100000.0, attention_share=0.305, saved=0.0, memory_bytes=20.26e9),
-            row("ours", 4096, "paper", 150000.0, attention_share=0.21, saved=0.456),
-            row("ours", 4096, "tight", 160000.0, attention_share=0.18, saved=0.512),
-            row("official", 4096, "off", 80000.0, memory_bytes=30e9), row("official", 4096, "paper", 75000.0),
-            dict(row("ours", 65536, "off", 0), out_of_memory=True)]
+        return dict(
+            program=program,
+            model="fox-pro-125m",
+            context=T,
+            acp=acp,
+            weights="gates",
+            tokens_per_s=speed,
+            device="chip",
+            date="day",
+            commit="abc",
+            **more,
+        )
+
+    rows = [
+        row("ours", 4096, "off", 100000.0, attention_share=0.305, saved=0.0, memory_bytes=20.26e9),
+        row("ours", 4096, "paper", 150000.0, attention_share=0.21, saved=0.456),
+        row("ours", 4096, "tight", 160000.0, attention_share=0.18, saved=0.512),
+        row("official", 4096, "off", 80000.0, memory_bytes=30e9),
+        row("official", 4096, "paper", 75000.0),
+        dict(row("ours", 65536, "off", 0), out_of_memory=True),
+    ]
     del rows[-1]["tokens_per_s"]
     lines = throughput.table(dict(rows=rows)).splitlines()
     cells = [line.split() for line in lines if line.startswith(("fox-pro", "  official"))]
-    t.equal(cells[0], ["fox-pro-125m", "4,096", "100,000", "150,000", "160,000", "1.50", "1.60", "30%", "21%", "18%", "46%", "51%", "20.3",
-                       "1.25", "2.00"], "table: ours")
+    t.equal(
+        cells[0],
+        [
+            "fox-pro-125m",
+            "4,096",
+            "100,000",
+            "150,000",
+            "160,000",
+            "1.50",
+            "1.60",
+            "30%",
+            "21%",
+            "18%",
+            "46%",
+            "51%",
+            "20.3",
+            "1.25",
+            "2.00",
+        ],
+        "table: ours",
+    )
     t.equal(cells[1][:8], ["official", "PyTorch", "4,096", "80,000", "75,000", "-", "0.94", "-"], "table: official")
     t.equal(cells[2][:3], ["fox-pro-125m", "65,536", "memory"], "table: what did not fit")
-    t.check(
-    "spread as in a trained model" in lines[0] and "chip, day, commit abc" in lines[0],
-     f"table: its head: {lines[0]}")
+    t.check("spread as in a trained model" in lines[0] and "chip, day, commit abc" in lines[0], f"table: its head: {lines[0]}")
     axis = throughput.draw(dict(rows=rows)).axes[0]
     bars = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
-    t.equal(bars, {"official": [80000], "official, ACP": [75000], "ours, off": [100000], "ours, paper": [150000], "ours, tight": [160000]},
-            "picture: bars")
+    t.equal(
+        bars,
+        {"official": [80000], "official, ACP": [75000], "ours, off": [100000], "ours, paper": [150000], "ours, tight": [160000]},
+        "picture: bars",
+    )
     t.equal([label.get_text() for label in axis.get_xticklabels()], ["4k"], "picture: contexts")
 
 
@@ -64,105 +99,185 @@ def check_official_rows(t, folder):
 
     def command(args, start, model, contexts, tokens, modes, steps, warmup):
         calls.append((model, contexts, tokens, modes, steps, warmup))
-        runs = [dict(program="official", model=model, context=T, acp=acp, tokens_per_s=10.0 * T, step_ms=1.0, memory_bytes=5, extra=1)
-                for T in contexts for acp in modes]
+        runs = [
+            dict(program="official", model=model, context=T, acp=acp, tokens_per_s=10.0 * T, step_ms=1.0, memory_bytes=5, extra=1)
+            for T in contexts
+            for acp in modes
+        ]
         runs[-1] = dict(program="official", model=model, context=contexts[-1], acp=modes[-1], out_of_memory=True)
         return [sys.executable, "-c", f"import json, sys; json.dump(dict(runs={runs}), open(sys.argv[2], 'w'))"]
 
-    args = argparse.Namespace(context=[4096, 65536, 16384], acp=["off", "paper", "tight"], batch_tokens=32768, official_steps=5,
-                              official_warmup=3)
+    args = argparse.Namespace(
+        context=[4096, 65536, 16384], acp=["off", "paper", "tight"], batch_tokens=32768, official_steps=5, official_warmup=3
+    )
     real, throughput.official_command = throughput.official_command, command
     rows = list(throughput.time_official(args, folder, "fox-llama-125m"))
     throughput.official_command = real
-    t.equal(calls, [("fox-llama-125m", contexts, tokens, ["off", "paper"], 5, 3) for contexts, tokens in (([4096, 16384], 32768), ([65536], 65536))],
-            "official: processes")
-    t.equal([(r["context"], r["acp"], r["batch_tokens"], r.get("tokens_per_s")) for r in rows],
-            [(4096, "off", 32768, 40960), (4096, "paper", 32768, 40960), (16384, "off", 32768, 163840), (16384, "paper", 32768, None),
-             (65536, "off", 65536, 655360), (65536, "paper", 65536, None)], "official: rows")
+    t.equal(
+        calls,
+        [("fox-llama-125m", contexts, tokens, ["off", "paper"], 5, 3) for contexts, tokens in (([4096, 16384], 32768), ([65536], 65536))],
+        "official: processes",
+    )
+    t.equal(
+        [(r["context"], r["acp"], r["batch_tokens"], r.get("tokens_per_s")) for r in rows],
+        [
+            (4096, "off", 32768, 40960),
+            (4096, "paper", 32768, 40960),
+            (16384, "off", 32768, 163840),
+            (16384, "paper", 32768, None),
+            (65536, "off", 65536, 655360),
+            (65536, "paper", 65536, None),
+        ],
+        "official: rows",
+    )
 
 
 def check_throughput(t, folder):
-    script = [
-    "bash",
-    ROOT /
-    "scripts" /
-    "throughput_table.sh",
-    "--device",
-    "cpu",
-    "--batch-tokens",
-    512,
-    "--steps",
-    2,
-    "--warmup",
-     1]
+    script = ["bash", ROOT / "scripts" / "throughput_table.sh", "--device", "cpu", "--batch-tokens", 512, "--steps", 2, "--warmup", 1]
     one, both = folder / "one", folder / "both"
-    t.run([*script, "--models", "fox-pro-tiny", "-T", 256, "--acp",
-          "off", "paper", "--out", one], "throughput", env=ENVIRONMENT)
+    t.run([*script, "--models", "fox-pro-tiny", "-T", 256, "--acp", "off", "paper", "--out", one], "throughput", env=ENVIRONMENT)
     rows = json.loads(one.with_suffix(".json").read_text())["rows"]
-    t.equal([(r["program"], r["model"], r["context"], r["acp"], r["weights"], r["steps"]) for r in rows],
-            [("ours", "fox-pro-tiny", 256, acp, "gates", 2) for acp in ("off", "paper")], "throughput: rows")
-    t.check(rows[0]["saved"] in (0, None) and 0 < rows[1]["saved"] <
-            0.9, f"throughput: saved {[r['saved'] for r in rows]}")
-    t.check(all(abs(r["tokens_per_s"] - 512e3 / r["step_ms"]) < 1e-6 * r["tokens_per_s"] and
-                r["fastest_ms"] <= r["step_ms"] <= r["slowest_ms"] for r in rows), "throughput: speeds are tokens over time")
-    t.check(abs(rows[0]["loss"] - rows[1]["loss"]) < 1e-3,
-     "throughput: the same weights and tokens with and without pruning")
+    t.equal(
+        [(r["program"], r["model"], r["context"], r["acp"], r["weights"], r["steps"]) for r in rows],
+        [("ours", "fox-pro-tiny", 256, acp, "gates", 2) for acp in ("off", "paper")],
+        "throughput: rows",
+    )
+    t.check(rows[0]["saved"] in (0, None) and 0 < rows[1]["saved"] < 0.9, f"throughput: saved {[r['saved'] for r in rows]}")
+    t.check(
+        all(
+            abs(r["tokens_per_s"] - 512e3 / r["step_ms"]) < 1e-6 * r["tokens_per_s"] and r["fastest_ms"] <= r["step_ms"] <= r["slowest_ms"]
+            for r in rows
+        ),
+        "throughput: speeds are tokens over time",
+    )
+    t.check(abs(rows[0]["loss"] - rows[1]["loss"]) < 1e-3, "throughput: the same weights and tokens with and without pruning")
     is_picture(t, one.with_suffix(".png"), "throughput: picture")
 
-    t.run([ROOT / "make_shards", "-o", folder / "data", "--extensions", "c,h,md", "--val-fraction", "0.1", ROOT / "train", ROOT / "docs"],
-          "make_shards")
-    t.run([ROOT / "train_fox", "-i", folder / "data", "-o", folder / "run", "-e", "fox-pro-tiny", "-T", 256, "-d", 512, "-x", 2, "-v", 0,
-           "--device", "cpu", "-n", 0], "a trained checkpoint")
+    t.run(
+        [ROOT / "make_shards", "-o", folder / "data", "--extensions", "c,h,md", "--val-fraction", "0.1", ROOT / "train", ROOT / "docs"],
+        "make_shards",
+    )
+    t.run(
+        [
+            ROOT / "train_fox",
+            "-i",
+            folder / "data",
+            "-o",
+            folder / "run",
+            "-e",
+            "fox-pro-tiny",
+            "-T",
+            256,
+            "-d",
+            512,
+            "-x",
+            2,
+            "-v",
+            0,
+            "--device",
+            "cpu",
+            "-n",
+            0,
+        ],
+        "a trained checkpoint",
+    )
     checkpoint = folder / "run" / "step_00000002"
-    t.run([*script, "--models", "fox-pro-tiny", "-T", 512, "--acp", "tight", "--checkpoint", checkpoint, "--data", folder / "data",
-           "--merge", one.with_suffix(".json"), "--out", both], "throughput of a checkpoint", env=ENVIRONMENT)
+    t.run(
+        [
+            *script,
+            "--models",
+            "fox-pro-tiny",
+            "-T",
+            512,
+            "--acp",
+            "tight",
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            folder / "data",
+            "--merge",
+            one.with_suffix(".json"),
+            "--out",
+            both,
+        ],
+        "throughput of a checkpoint",
+        env=ENVIRONMENT,
+    )
     merged = json.loads(both.with_suffix(".json").read_text())["rows"]
     t.equal([r["weights"] for r in merged], ["gates", "gates", f"checkpoint {checkpoint}"], "throughput: merged rows")
     t.equal(merged[:2], rows, "throughput: merged rows are taken over")
     t.check(4 < merged[2]["loss"] < 6, f"throughput: the loss of the checkpoint's data: {merged[2]['loss']}")
     text = both.with_suffix(".txt").read_text()
-    t.check(f"Weights: checkpoint {checkpoint}" in text and f"{merged[0]['tokens_per_s']:,.0f}" in text and text.count("fox-pro-tiny ") == 2,
-            f"throughput: text {text}")
-    for options, words in ((["--checkpoint", checkpoint], "belong together"), (["--official", folder], "no src/forgetting_transformer"),
-                           (["-T", 300], "multiple of every context"), (["--models"], "nothing was measured"),
-                           (["--checkpoint", folder, "--data", folder], "the folder of one checkpoint")):
-        t.fails([*script, "--models", "fox-pro-tiny", *options, "--out", folder / "no"],
-                words, f"throughput {options}", env=ENVIRONMENT)
+    t.check(
+        f"Weights: checkpoint {checkpoint}" in text and f"{merged[0]['tokens_per_s']:,.0f}" in text and text.count("fox-pro-tiny ") == 2,
+        f"throughput: text {text}",
+    )
+    for options, words in (
+        (["--checkpoint", checkpoint], "belong together"),
+        (["--official", folder], "no src/forgetting_transformer"),
+        (["-T", 300], "multiple of every context"),
+        (["--models"], "nothing was measured"),
+        (["--checkpoint", folder, "--data", folder], "the folder of one checkpoint"),
+    ):
+        t.fails([*script, "--models", "fox-pro-tiny", *options, "--out", folder / "no"], words, f"throughput {options}", env=ENVIRONMENT)
     t.fails(script, "Python packages are missing", "throughput without packages", env=dict(ENVIRONMENT, PYTHON="false"))
 
 
 def check_quality(t, folder):
     out, keep = folder / "quality", folder / "kept"
-    environment = dict(ENVIRONMENT, OUT=str(out), KEEP=str(keep), TOKENS="2560", RUNS="off paper transformer paper@2")
-    script = ["bash", ROOT / "scripts" / "run_quality_125m.sh", folder / "data", "--model", "fox-pro-tiny", "--baseline", "fox-pro-tiny",
-              "-T", 64, "--batch-tokens", 128, "--warmup-steps", 2, "--val-every", 10, "--val-sequences", 8, "--device", "cpu"]
+    environment = dict(ENVIRONMENT, OUT=str(out), KEEP=str(keep), TOKENS="2560", RUNS="off paper@2 transformer paper", GPUS="0 1")
+    script = [
+        "bash",
+        ROOT / "scripts" / "run_quality_125m.sh",
+        folder / "data",
+        "--model",
+        "fox-pro-tiny",
+        "--baseline",
+        "fox-pro-tiny",
+        "-T",
+        64,
+        "--batch-tokens",
+        128,
+        "--warmup-steps",
+        2,
+        "--val-every",
+        10,
+        "--val-sequences",
+        8,
+        "--device",
+        "cpu",
+    ]
     said = t.run(script, "quality", env=environment)
     result = json.loads(out.with_suffix(".json").read_text())
-    t.equal(list(result["runs"]), ["off", "paper", "transformer", "paper@2"], "quality: runs")
-    t.check(all(len(run["loss"]) == 20 and [step for step, _ in run["validation"]] == [10, 20] for run in result["runs"].values()),
-            "quality: steps and validations")
+    t.equal(list(result["runs"]), ["off", "paper", "paper@2", "transformer"], "quality: runs")
+    t.check(
+        all(len(run["loss"]) == 20 and [step for step, _ in run["validation"]] == [10, 20] for run in result["runs"].values()),
+        "quality: steps and validations",
+    )
     losses = {name: run["validation"][-1][1] for name, run in result["runs"].items()}
     t.equal(losses["off"], losses["transformer"], "quality: the same model without pruning under two names")
     t.check(abs(losses["off"] - losses["paper"]) < 1e-2 and losses["paper"] != losses["paper@2"], f"quality: {losses}")
-    rows = {line.split()[0]: line.split() for line in said.splitlines()
-                       if line.split(" ")[0] in losses and len(line.split()) > 5}
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.split(" ")[0] in losses and len(line.split()) > 5}
     for name, run in result["runs"].items():
-        t.equal(rows[name][1:4], ["20", f"{statistics.fmean(run['loss']):.4f}",
-                f"{losses[name]:.4f}"], f"quality: the row of {name}")
+        t.equal(rows[name][1:4], ["20", f"{statistics.fmean(run['loss']):.4f}", f"{losses[name]:.4f}"], f"quality: the row of {name}")
     difference = abs(losses["paper"] - losses["paper@2"])
+    t.check("2 seeds of paper: last validations" in said and f"apart by {difference:.4f}" in said, f"quality: seeds: {said[-600:]}")
     t.check(
-    f"2 seeds of paper: last validations" in said and f"apart by {difference:.4f}" in said,
-     f"quality: seeds: {said[-600:]}")
-    t.check((keep / "paper@2" / "metrics.jsonl").is_file() and (keep / "paper@2" / "step_00000020" / "model.safetensors").is_file(),
-            "quality: the runs are kept")
+        (keep / "paper@2" / "metrics.jsonl").is_file() and (keep / "paper@2" / "step_00000020" / "model.safetensors").is_file(),
+        "quality: the runs are kept",
+    )
     t.check(out.with_suffix(".txt").read_text() in said, "quality: the table in a file")
     is_picture(t, out.with_suffix(".png"), "quality: picture")
     again = t.run(script, "quality, again", env=environment)
     t.equal(again.count("done already"), 4, "quality: runs are not made again")
-    t.fails(["bash", ROOT / "scripts" / "run_quality_125m.sh", folder / "none"],
-            "no folder there", "quality without data", env=environment)
-    t.fails([*script], "no run of this name", "quality of an unknown run",
-            env=dict(environment, RUNS="fast", OUT=str(folder / "no")))
+    more = t.run(script, "quality, one more", env=dict(environment, RUNS="tight"))
+    t.equal(
+        [line.split()[0] for line in more.splitlines() if line.split(" ")[0] in (*losses, "tight") and len(line.split()) > 5],
+        ["off", "paper", "paper@2", "tight", "transformer"],
+        "quality: runs of before stay in the table",
+    )
+    t.fails(["bash", ROOT / "scripts" / "run_quality_125m.sh", folder / "none"], "no folder there", "quality without data", env=environment)
+    t.fails([*script], "no run of this name", "quality of an unknown run", env=dict(environment, RUNS="fast", OUT=str(folder / "no")))
 
 
 def main():
