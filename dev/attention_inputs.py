@@ -3,6 +3,7 @@
 Everything is made on the GPU from a seed. Tensors are bf16 [B, T, H, D] as the model has them; log_f is float32
 [B, H, T].
 """
+
 import importlib
 import math
 import pathlib
@@ -10,10 +11,9 @@ import re
 import sys
 import types
 
+import official
 import torch
 import torch.nn.functional as F
-
-import official
 
 TRAINED_GATES = official.ROOT / "tests" / "data" / "gates" / "trained_gates_125m.safetensors"
 
@@ -50,7 +50,7 @@ def weak(shape, generator):
 def mixed(shape, generator):
     """Strong and weak gates by turns of some hundred tokens."""
     stretch = torch.rand(shape[0], shape[1], (shape[2] + 299) // 300, generator=generator, device=generator.device)
-    mean = torch.where(stretch < 0.5, 0.0, 8.0).repeat_interleave(300, dim=2)[:, :, :shape[2]]
+    mean = torch.where(stretch < 0.5, 0.0, 8.0).repeat_interleave(300, dim=2)[:, :, : shape[2]]
     return _logsigmoid_of(mean, 1.0, shape, generator)
 
 
@@ -71,6 +71,7 @@ GATES = dict(spread=spread, half=half, strong=strong, weak=weak, mixed=mixed, re
 def trained_gates(path=TRAINED_GATES):
     """log f of a trained model, float32 [layers, 1, heads, T], from its cumulative gates."""
     import safetensors.numpy
+
     c = torch.from_numpy(safetensors.numpy.load_file(str(path))["c"]).double()
     log_f = torch.diff(c, dim=-1, prepend=torch.zeros_like(c[..., :1]))
     return log_f.clamp(max=0).float()[:, None]
@@ -88,14 +89,14 @@ def make(B, T, H, D, gates="spread", seed=0, unit=True, packed=False, device="cu
         return torch.randn(B, T, H, D, generator=generator, device=device)
 
     def rounded(x, norm):
-        return (x * (D ** 0.5 / x.norm(dim=-1, keepdim=True)) if norm else x).to(torch.bfloat16)
+        return (x * (D**0.5 / x.norm(dim=-1, keepdim=True)) if norm else x).to(torch.bfloat16)
+
     x = types.SimpleNamespace(B=B, T=T, H=H, D=D)
-    x.q, x.k, x.v, x.dout = rounded(normal(), unit), rounded(normal(), unit), rounded(normal(), False), \
-        rounded(normal(), False)
+    x.q, x.k, x.v, x.dout = (rounded(normal(), unit), rounded(normal(), unit), rounded(normal(), False), rounded(normal(), False))
     if packed:
         product = torch.full((B, T, 3 * H * D + 64), float("nan"), dtype=torch.bfloat16, device=device)
         for i, name in enumerate("qkv"):
-            columns = product[:, :, i * H * D:(i + 1) * H * D].view(B, T, H, D)
+            columns = product[:, :, i * H * D : (i + 1) * H * D].view(B, T, H, D)
             setattr(x, name, columns.copy_(getattr(x, name)))
     x.log_f = GATES[gates]((B, H, T), generator) if isinstance(gates, str) else gates.to(device)
     x.log_f = x.log_f.contiguous()
@@ -124,8 +125,11 @@ def official_kernel(directory, any_size=False):
     module = _import_from(directory, "forgetting_transformer", "ops.forgetting_attention")
     if any_size:
         import triton
-        size = re.compile(r"(Z|H|M|N|P_SEQ|num_groups|stride_d[zhm]|"
-                          r"stride_(log_lambda|start_index|end_index|threshold|dlog_lambda)_[zh])$")
+
+        size = re.compile(
+            r"(Z|H|M|N|P_SEQ|num_groups|stride_d[zhm]|"
+            r"stride_(log_lambda|start_index|end_index|threshold|dlog_lambda)_[zh])$"
+        )
         for name, kernel in list(vars(module).items()):
             if isinstance(kernel, triton.JITFunction):
                 sizes = [a for a in kernel.arg_names if size.match(a)]
@@ -133,9 +137,9 @@ def official_kernel(directory, any_size=False):
 
     def attention(q, k, v, log_f, threshold=None):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = module.forgetting_attention(q, k, v, log_f, head_first=True, sm_scale=q.shape[-1] ** -0.5,
-                                        adaptive_threshold=threshold)
+        o = module.forgetting_attention(q, k, v, log_f, head_first=True, sm_scale=q.shape[-1] ** -0.5, adaptive_threshold=threshold)
         return o.transpose(1, 2)
+
     return attention
 
 
@@ -143,10 +147,10 @@ def official_threshold(x, norms, log_tolerance):
     """What the official model gives to its kernel: from the QK-norm weights, or else from the norms of q and k."""
     if norms is not None:
         q, k = (w.view(-1, x.D).abs().amax(dim=1).expand(x.H) for w in norms)
-        bound = q * k * x.D ** 0.5
+        bound = q * k * x.D**0.5
     else:
         q, k = (y.transpose(1, 2).norm(dim=-1).amax(dim=-1) for y in (x.q, x.k))
-        bound = q * k / x.D ** 0.5
+        bound = q * k / x.D**0.5
     return -(2 * bound + math.log(x.T)) + log_tolerance
 
 

@@ -11,6 +11,7 @@ variable FOX_ATTENTION names another one, compiled elsewhere. From the command l
 
     python3 dev/attention_library.py [--arch 90a]
 """
+
 import argparse
 import ctypes
 import hashlib
@@ -23,7 +24,7 @@ import subprocess
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCE = "cuda/attention.cu"
 MODES = ("off", "paper", "tight")  # in the order of AcpMode
-BLOCK = 128                        # ACP_BLOCK
+BLOCK = 128  # ACP_BLOCK
 
 
 # ---- the shared library
@@ -59,8 +60,9 @@ def build(arch="90a"):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([find_nvcc(), *flags, SOURCE, "-o", str(fresh)], cwd=ROOT, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [find_nvcc(), *flags, SOURCE, "-o", str(fresh)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if done.returncode != 0:
             raise SystemExit(f"{SOURCE} does not compile:\n{done.stdout[-4000:]}")
         os.replace(fresh, path)
@@ -69,9 +71,17 @@ def build(arch="90a"):
 
 class AcpShape(ctypes.Structure):
     """cuda/launchers.h"""
-    _fields_ = [("B", ctypes.c_int), ("T", ctypes.c_int), ("H", ctypes.c_int), ("D", ctypes.c_int),
-                ("mode", ctypes.c_int), ("log_tolerance", ctypes.c_double), ("shared_norm", ctypes.c_bool),
-                ("portable", ctypes.c_bool)]
+
+    _fields_ = [
+        ("B", ctypes.c_int),
+        ("T", ctypes.c_int),
+        ("H", ctypes.c_int),
+        ("D", ctypes.c_int),
+        ("mode", ctypes.c_int),
+        ("log_tolerance", ctypes.c_double),
+        ("shared_norm", ctypes.c_bool),
+        ("portable", ctypes.c_bool),
+    ]
 
 
 class AcpCounts(ctypes.Structure):
@@ -90,8 +100,9 @@ class AttentionLibrary:
         self._declare("acp_saved_bytes", ctypes.c_int64, shape)
         self._declare("acp_workspace_bytes", ctypes.c_int64, shape)
         self._declare("acp_saved_views", None, shape, pointer, *views)
-        self._declare("acp_attention_forward", None, shape, *[pointer] * 4, ctypes.POINTER(AcpCounts), *[pointer] * 3,
-                      stride, *[pointer] * 4)
+        self._declare(
+            "acp_attention_forward", None, shape, *[pointer] * 4, ctypes.POINTER(AcpCounts), *[pointer] * 3, stride, *[pointer] * 4
+        )
         self._declare("acp_attention_backward", None, shape, *[pointer] * 10, stride, *[pointer] * 3)
 
     def _declare(self, name, result, *arguments):
@@ -101,6 +112,7 @@ class AttentionLibrary:
     @staticmethod
     def _arch_here():
         import torch
+
         major, minor = torch.cuda.get_device_capability()
         return f"{major}{minor}" + ("a" if major == 9 else "")
 
@@ -120,6 +132,7 @@ class Attention:
 
     def __init__(self, library, B, T, H, D, mode="off", log_tolerance=-10.0, norms=None, portable=False, device="cuda"):
         import torch
+
         self.torch, self.code, self.norms = torch, library.code, norms
         shared = norms is not None and norms[0].numel() == D and H > 1
         self.shape = AcpShape(B, T, H, D, MODES.index(mode), log_tolerance, shared, portable)
@@ -135,6 +148,7 @@ class Attention:
 
         def memory(count):
             return torch.empty(count, dtype=torch.uint8, device=device)
+
         self.o, self.dq, self.dk, self.dv = (bf16() for _ in range(4))
         self.lse, self.dlog_f = float32(), float32()
         self.saved = memory(self.code.acp_saved_bytes(self.shape))
@@ -164,19 +178,44 @@ class Attention:
             counts = AcpCounts(self.counts[0].data_ptr(), self.counts[1].data_ptr())
         norms = [None if self.norms is None else w.data_ptr() for w in self.norms or (None, None)]
         self.inputs = (q, k, v, log_f)
-        self.code.acp_attention_forward(s, self.o.data_ptr(), self.lse.data_ptr(), self.saved.data_ptr(),
-                                        self.work.data_ptr(), counts, q.data_ptr(), k.data_ptr(), v.data_ptr(), stride,
-                                        log_f.data_ptr(), *norms, self._stream())
+        self.code.acp_attention_forward(
+            s,
+            self.o.data_ptr(),
+            self.lse.data_ptr(),
+            self.saved.data_ptr(),
+            self.work.data_ptr(),
+            counts,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            stride,
+            log_f.data_ptr(),
+            *norms,
+            self._stream(),
+        )
         return self.o
 
     def backward(self, dout):
         """dq, dk, dv, dlog_f for the inputs of the last forward. They are overwritten by the next call."""
         s, (q, k, v, _) = self.shape, self.inputs
         assert dout.shape == (s.B, s.T, s.H, s.D) and dout.dtype == self.torch.bfloat16 and dout.is_contiguous()
-        self.code.acp_attention_backward(s, self.dq.data_ptr(), self.dk.data_ptr(), self.dv.data_ptr(),
-                                         self.dlog_f.data_ptr(), self.saved.data_ptr(), self.work.data_ptr(),
-                                         dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), self._stride(q),
-                                         self.o.data_ptr(), self.lse.data_ptr(), self._stream())
+        self.code.acp_attention_backward(
+            s,
+            self.dq.data_ptr(),
+            self.dk.data_ptr(),
+            self.dv.data_ptr(),
+            self.dlog_f.data_ptr(),
+            self.saved.data_ptr(),
+            self.work.data_ptr(),
+            dout.data_ptr(),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            self._stride(q),
+            self.o.data_ptr(),
+            self.lse.data_ptr(),
+            self._stream(),
+        )
         return self.dq, self.dk, self.dv, self.dlog_f
 
     def kept(self):
@@ -191,8 +230,7 @@ class Attention:
         self.code.acp_saved_views(s, self.saved.data_ptr(), *pointers)
         blocks = (s.T + BLOCK - 1) // BLOCK
         starts = [p.value - self.saved.data_ptr() for p in pointers[1:]]
-        return [self.saved[at:at + 4 * s.B * s.H * blocks].view(self.torch.int32).view(s.B, s.H, blocks).clone()
-                for at in starts]
+        return [self.saved[at : at + 4 * s.B * s.H * blocks].view(self.torch.int32).view(s.B, s.H, blocks).clone() for at in starts]
 
     def poison(self):
         """NaN in all outputs, bytes of ones in the work space: what is not written shows."""

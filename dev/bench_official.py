@@ -21,6 +21,7 @@ head's mean from mu, and the mean deviation.
 every block, ours: -r 2. --keep FOLDER keeps checkpoint and shard, to run more with them by hand. A configuration that
 does not fit in memory is reported as such. The result is one JSON object with a list of runs.
 """
+
 import argparse
 import gc
 import json
@@ -31,14 +32,13 @@ import sys
 import tempfile
 
 import numpy as np
-
 import official
 from impose_gates import impose_gates
 
 VOCAB_SIZE = 50257
 RATE = 1e-8
 EMBEDDING_SCALE = 1000.0  # keeps the gates' logits spread in every layer: see impose_gates.py
-BYTES_PER_GIB = 2 ** 30
+BYTES_PER_GIB = 2**30
 
 
 def write_start(code, preset, folder, tokens, seed=0):
@@ -78,22 +78,23 @@ def bench_official(code, folder, T, batch_tokens, micro_batch, acp, recompute, s
     model.model.gradient_checkpointing = recompute
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)],
-                                  lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)], lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
     tokens, _ = official.open_shard(folder / "random_train.bin")
     stream = torch.as_tensor(np.array(tokens, dtype=np.int64))
-    gates = measure_gates(code, model, stream[:T * micro_batch].view(micro_batch, T).cuda())
+    gates = measure_gates(code, model, stream[: T * micro_batch].view(micro_batch, T).cuda())
     rows, count = batch_tokens // T, batch_tokens // (T * micro_batch)
     torch.cuda.reset_peak_memory_stats()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + warmup + 1)]
     marks[0].record()
     for step in range(steps + warmup):
         start = step * batch_tokens % (len(stream) - batch_tokens)
-        x = stream[start:start + batch_tokens].view(rows, T).cuda(non_blocking=True)
-        y = stream[start + 1:start + 1 + batch_tokens].view(rows, T).cuda(non_blocking=True)
+        x = stream[start : start + batch_tokens].view(rows, T).cuda(non_blocking=True)
+        y = stream[start + 1 : start + 1 + batch_tokens].view(rows, T).cuda(non_blocking=True)
         for i in range(0, rows, micro_batch):
             with code.precision("bf16"):
-                loss = model(input_ids=x[i:i + micro_batch], labels=y[i:i + micro_batch], use_cache=False).loss.mean()
+                loss = model(input_ids=x[i : i + micro_batch], labels=y[i : i + micro_batch], use_cache=False).loss.mean()
             (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
@@ -107,9 +108,32 @@ def bench_official(code, folder, T, batch_tokens, micro_batch, acp, recompute, s
 def bench_ours(program, folder, T, batch_tokens, micro_batch, acp, recompute, steps, warmup):
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    records = official.run_ours(program, folder / "checkpoint", folder / "random_train.bin", out, "-T", T,
-                                "-b", micro_batch, "-d", batch_tokens, "-x", steps + warmup, "-l", RATE,
-                                "--acp", acp, "-v", 0, "-n", -1, "--pruning-every", 0, "-r", 2 if recompute else 0)
+    records = official.run_ours(
+        program,
+        folder / "checkpoint",
+        folder / "random_train.bin",
+        out,
+        "-T",
+        T,
+        "-b",
+        micro_batch,
+        "-d",
+        batch_tokens,
+        "-x",
+        steps + warmup,
+        "-l",
+        RATE,
+        "--acp",
+        acp,
+        "-v",
+        0,
+        "-n",
+        -1,
+        "--pruning-every",
+        0,
+        "-r",
+        2 if recompute else 0,
+    )
     shutil.rmtree(out)
     done = [r for r in records if r["kind"] == "step"][warmup:]
     last = done[-1]
@@ -119,12 +143,28 @@ def bench_ours(program, folder, T, batch_tokens, micro_batch, acp, recompute, st
 
 def describe(name, args, T, acp, times, memory, extra):
     middle = statistics.median(times)
-    run = dict(program=name, model=args.model, context=T, batch_tokens=args.batch_tokens, acp=acp,
-               recompute=args.recompute, tokens_per_s=args.batch_tokens / middle, step_ms=1e3 * middle,
-               fastest_ms=1e3 * min(times), slowest_ms=1e3 * max(times), steps=len(times), memory_bytes=memory, **extra)
-    print(f"{name:8} {args.model} T={T:<6} acp {acp:5} {run['tokens_per_s']:10,.0f} tokens/s  {run['step_ms']:8.1f} ms "
-          f"({run['fastest_ms']:.1f} .. {run['slowest_ms']:.1f})"
-          + (f"  {memory / BYTES_PER_GIB:.1f} GiB" if memory else "") + (f"  {extra}" if extra else ""), flush=True)
+    run = dict(
+        program=name,
+        model=args.model,
+        context=T,
+        batch_tokens=args.batch_tokens,
+        acp=acp,
+        recompute=args.recompute,
+        tokens_per_s=args.batch_tokens / middle,
+        step_ms=1e3 * middle,
+        fastest_ms=1e3 * min(times),
+        slowest_ms=1e3 * max(times),
+        steps=len(times),
+        memory_bytes=memory,
+        **extra,
+    )
+    print(
+        f"{name:8} {args.model} T={T:<6} acp {acp:5} {run['tokens_per_s']:10,.0f} tokens/s  {run['step_ms']:8.1f} ms "
+        f"({run['fastest_ms']:.1f} .. {run['slowest_ms']:.1f})"
+        + (f"  {memory / BYTES_PER_GIB:.1f} GiB" if memory else "")
+        + (f"  {extra}" if extra else ""),
+        flush=True,
+    )
     return run
 
 

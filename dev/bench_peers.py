@@ -22,6 +22,7 @@ order drawn anew (how fast the chip runs depends on what it did just before), an
 of q, k, v and, where there is a gate, log f. A peer that fails is left out with its reason. Lines are printed and --out
 (JSON) is written after each shape; the last table has the ratios.
 """
+
 import argparse
 import gc
 import json
@@ -31,12 +32,11 @@ import statistics
 import sys
 import time
 
+import attention_inputs
+import machine
 import torch
 import torch.nn.functional as F
 import triton
-
-import attention_inputs
-import machine
 from attention_library import BLOCK, MODES, AttentionLibrary
 
 LOG_TOLERANCE = -10.0
@@ -79,7 +79,9 @@ def ours_peers(library, x, norms, portable):
         kept[mode] = attention.kept()
         first = attention.ranges()[0] if mode == "paper" else first
         peers[f"{'portable' if portable else 'ours'} {mode}"] = (
-            lambda a=attention: a.forward(x.q, x.k, x.v, x.log_f), lambda o, a=attention: a.backward(x.dout))
+            lambda a=attention: a.forward(x.q, x.k, x.v, x.log_f),
+            lambda o, a=attention: a.backward(x.dout),
+        )
     return peers, kept, first
 
 
@@ -91,13 +93,15 @@ def autograd_peer(function, inputs, dout):
 def official_peers(kernel, x, norms):
     threshold = attention_inputs.official_threshold(x, norms, LOG_TOLERANCE)
     inputs = (x.q, x.k, x.v, x.log_f)
-    return {"official": autograd_peer(kernel, inputs, x.dout),
-            "official acp": autograd_peer(lambda *leaves: kernel(*leaves, threshold), inputs, x.dout)}
+    return {
+        "official": autograd_peer(kernel, inputs, x.dout),
+        "official acp": autograd_peer(lambda *leaves: kernel(*leaves, threshold), inputs, x.dout),
+    }
 
 
 def fla_peer(kernel, x):
     log_f = x.log_f.transpose(1, 2).contiguous()  # the layout that its model gives it
-    return autograd_peer(lambda q, k, v, g: kernel(q, k, v, g, x.D ** -0.5), (x.q, x.k, x.v, log_f), x.dout)
+    return autograd_peer(lambda q, k, v, g: kernel(q, k, v, g, x.D**-0.5), (x.q, x.k, x.v, log_f), x.dout)
 
 
 def heads_first(x):
@@ -106,11 +110,13 @@ def heads_first(x):
 
 def dense_peer(backend, x):
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     inputs, dout = heads_first(x)
 
     def attention(q, k, v):
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
     return autograd_peer(attention, inputs, dout)
 
 
@@ -118,12 +124,12 @@ def block_mask(first):
     """FlexAttention's mask from the first key block of each query block [B, H, blocks]: the blocks from there to the
     diagonal are full, the one on the diagonal is causal."""
     from torch.nn.attention.flex_attention import BlockMask
+
     blocks = first.shape[2]
     m = torch.arange(blocks, dtype=torch.int32, device=first.device)
     full = (first[..., None] + m).clamp(max=blocks - 1)
     diagonal = m[:, None].expand(full.shape).contiguous()
-    return BlockMask.from_kv_blocks(torch.ones_like(first), diagonal, m - first, full, BLOCK_SIZE=BLOCK,
-                                    mask_mod=lambda b, h, i, j: i >= j)
+    return BlockMask.from_kv_blocks(torch.ones_like(first), diagonal, m - first, full, BLOCK_SIZE=BLOCK, mask_mod=lambda b, h, i, j: i >= j)
 
 
 def flex_peer(attention, x, first):
@@ -132,6 +138,7 @@ def flex_peer(attention, x, first):
 
     def decay(score, b, h, i, j):
         return score + c[b, h, i] - c[b, h, j]
+
     inputs, dout = heads_first(x)
     return autograd_peer(lambda q, k, v: attention(q, k, v, score_mod=decay, block_mask=mask), inputs, dout)
 
@@ -148,6 +155,7 @@ class Bench:
         self.flex = None
         if "flex" in self.wanted:
             from torch.nn.attention.flex_attention import flex_attention
+
             self.flex = torch.compile(flex_attention, dynamic=False)
 
     def _load(self, name, directory, loader):
@@ -194,8 +202,7 @@ class Bench:
             x = attention_inputs.make(B, T, H, D, log_f)
             layers.append(self.measure(x, flex=False))
         everywhere = [peer for peer in layers[0]["ms"] if all(peer in layer["ms"] for layer in layers)]
-        ms = {peer: {key: sum(layer["ms"][peer][key] for layer in layers) for key in layers[0]["ms"][peer]}
-              for peer in everywhere}
+        ms = {peer: {key: sum(layer["ms"][peer][key] for layer in layers) for key in layers[0]["ms"][peer]} for peer in everywhere}
         kept = {mode: statistics.fmean(layer["kept"][mode] for layer in layers) for mode in layers[0]["kept"] or ()}
         return dict(result, layers=len(layers), kept=kept, ms=ms)
 
@@ -220,8 +227,12 @@ class Bench:
         for name in peers:
             passes = [[a.elapsed_time(b) for a, b in zip(mark[name], mark[name][1:])] for mark in marks]
             forward, backward = ([p[i] for p in passes] for i in (0, 1))
-            ms[name] = dict(forward=statistics.median(forward), backward=statistics.median(backward),
-                            both=statistics.median(map(sum, passes)), fastest=min(map(sum, passes)))
+            ms[name] = dict(
+                forward=statistics.median(forward),
+                backward=statistics.median(backward),
+                both=statistics.median(map(sum, passes)),
+                fastest=min(map(sum, passes)),
+            )
         return dict(kept=kept, rounds=rounds, ms=ms)
 
 
@@ -260,9 +271,11 @@ def ratios(result):
 
 def print_result(result):
     kept = result["kept"] or {}
-    print(f"{result['name']}: D {result['D']}  T {result['T']} x {result['B']}  H {result['H']}  {result['gates']}"
-          + "".join(f"  {mode} keeps {100 * kept[mode]:.1f}%" for mode in kept if mode != "off")
-          + f"  ({result['seconds']:.0f} s)")
+    print(
+        f"{result['name']}: D {result['D']}  T {result['T']} x {result['B']}  H {result['H']}  {result['gates']}"
+        + "".join(f"  {mode} keeps {100 * kept[mode]:.1f}%" for mode in kept if mode != "off")
+        + f"  ({result['seconds']:.0f} s)"
+    )
     for peer, ms in result["ms"].items():
         print(f"    {peer:14} forward {ms['forward']:8.3f}  backward {ms['backward']:8.3f}  both {ms['both']:8.3f} ms")
     sys.stdout.flush()
@@ -282,10 +295,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", metavar="DIR", help="clone of the official repository")
     parser.add_argument("--fla", metavar="DIR", help="clone of flash-linear-attention")
-    parser.add_argument("--only", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="SHAPE",
-                        help=f"of {' '.join(SHAPES)}, in this order")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, metavar="PEER",
-                        help=f"of {' '.join(PEERS)}")
+    parser.add_argument(
+        "--only", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="SHAPE", help=f"of {' '.join(SHAPES)}, in this order"
+    )
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, metavar="PEER", help=f"of {' '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=21, help="at most; fewer where they are long")
     parser.add_argument("--seconds", type=float, default=1e9, help="no shape is begun after so many seconds")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
@@ -293,8 +306,13 @@ def main():
     start = time.perf_counter()
     bench, results = Bench(args), []
     print(f"{bench.library.path}, {time.perf_counter() - start:.0f} s to load", flush=True)
-    facts = dict(machine.facts(), torch=torch.__version__, triton=triton.__version__,
-                 cudnn=torch.backends.cudnn.version(), log_tolerance=LOG_TOLERANCE)
+    facts = dict(
+        machine.facts(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        cudnn=torch.backends.cudnn.version(),
+        log_tolerance=LOG_TOLERANCE,
+    )
     for name in (name for name in SHAPES if name in args.only):
         began = time.perf_counter()
         if began - start > args.seconds:

@@ -21,6 +21,7 @@ every other case q, k and v are columns of a packed product with NaN beside them
 of the rest, the logits are bounded by QK-norm weights or measured. What a kernel does not write is NaN. --quick: fewer
 of all, for under a minute. Without --official: errors at most 5e-3.
 """
+
 import argparse
 import collections
 import itertools
@@ -30,21 +31,20 @@ import pathlib
 import sys
 import time
 
-import torch
-
 import attention_inputs
 import machine
+import torch
 from attention_library import BLOCK, MODES, AttentionLibrary
 
 LOG_TOLERANCE = -10.0
 QUANTITIES = ("o", "dq", "dk", "dv", "dlog_f")
-RATIO = 1.1         # to the official kernel's error
-GATE_LIMIT = 0.01   # d log f, of each head
+RATIO = 1.1  # to the official kernel's error
+GATE_LIMIT = 0.01  # d log f, of each head
 ALONE_LIMIT = 5e-3  # where there is no official error to compare with
 # Below these errors a ratio says nothing: at T = 1, say, the gradients of q, k and the gate are exactly 0.
 FLOOR = dict(o=2e-4, dq=2e-4, dk=2e-4, dv=2e-4, dlog_f=1e-4)
-SMALL_NORM = 1e-3   # per element: norms below count as this, all inputs being of order 1
-ELEMENTS = 2 ** 26  # of a float64 matrix at a time
+SMALL_NORM = 1e-3  # per element: norms below count as this, all inputs being of order 1
+ELEMENTS = 2**26  # of a float64 matrix at a time
 
 Case = collections.namedtuple("Case", "B T H D gates packed weights")
 
@@ -63,27 +63,33 @@ def large_cases(T, rows):
 
 def all_cases(quick):
     if quick:
-        return (small_cases((1, 65, 128, 200, 1000), (3,), (5,), ("spread", "half", "mixed"))
-                + small_cases((4096,), (1,), (5,), ("spread", "resets"))
-                + large_cases(16384, [(1, 24, 64, "spread"), (1, 5, 128, "half")]))
+        return (
+            small_cases((1, 65, 128, 200, 1000), (3,), (5,), ("spread", "half", "mixed"))
+            + small_cases((4096,), (1,), (5,), ("spread", "resets"))
+            + large_cases(16384, [(1, 24, 64, "spread"), (1, 5, 128, "half")])
+        )
     kinds = list(attention_inputs.GATES)
     shapes = [(1, 5, 64), (3, 5, 128), (1, 1, 128), (3, 1, 64)]
     rows = [(*shapes[(i + turn) % 4], kind) for turn in range(4) for i, kind in enumerate(kinds)]
     wide = [(1, 24, 64, "spread"), (1, 24, 128, "spread"), (3, 24, 64, "half"), (3, 24, 64, "mixed")]
     halves = [(1, 5, 128, "half"), (3, 5, 64, "half")]
-    return (small_cases((1, 63, 64, 65, 127, 128, 129, 200, 1000, 4096), (1, 3), (1, 5, 24), kinds)
-            + large_cases(16384, rows + wide + [(3, 24, 128, "resets")])
-            + large_cases(65536, rows[:2 * len(kinds)] + wide + halves))
+    return (
+        small_cases((1, 63, 64, 65, 127, 128, 129, 200, 1000, 4096), (1, 3), (1, 5, 24), kinds)
+        + large_cases(16384, rows + wide + [(3, 24, 128, "resets")])
+        + large_cases(65536, rows[: 2 * len(kinds)] + wide + halves)
+    )
 
 
 def text(case):
-    return (f"T {case.T} B {case.B} H {case.H} D {case.D} {case.gates}{', packed' if case.packed else ''}"
-            f"{', weights' if case.weights else ', measured'}")
+    return (
+        f"T {case.T} B {case.B} H {case.H} D {case.D} {case.gates}{', packed' if case.packed else ''}"
+        f"{', weights' if case.weights else ', measured'}"
+    )
 
 
 def checked_heads(case, quick):
     """Which of the B*H heads are compared: all, or some evenly spaced ones, the first and the last among them."""
-    most = 10 ** 9 if case.T < 16384 else 3 if quick else 24 if case.T < 65536 else 6
+    most = 10**9 if case.T < 16384 else 3 if quick else 24 if case.T < 65536 else 6
     count = case.B * case.H
     if count <= most:
         return list(range(count))
@@ -127,7 +133,7 @@ def exact(q, k, v, dout, log_f, first):
 def exact_heads(q, k, v, dout, log_f, first, rows):
     N, T, D = q.shape
     extra = -T % BLOCK
-    root = D ** -0.5
+    root = D**-0.5
     q, k, v, dout = (torch.nn.functional.pad(y.double(), (0, 0, 0, extra)) for y in (q, k, v, dout))
     c = torch.nn.functional.pad(log_f.double(), (0, extra)).cumsum(-1)[..., None]
     one = torch.ones_like(c)
@@ -145,8 +151,8 @@ def exact_heads(q, k, v, dout, log_f, first, rows):
         p = torch.softmax(p, -1)
         in_blocks = p.view(N, end - start, end // BLOCK, BLOCK).sum(-1)
         for mode, edge in first.items():
-            gone = block[:end // BLOCK] < edge[:, start // BLOCK:end // BLOCK, None]
-            lost = (in_blocks * gone.repeat_interleave(BLOCK, dim=1)).sum(-1)[:, :max(0, T - start)]
+            gone = block[: end // BLOCK] < edge[:, start // BLOCK : end // BLOCK, None]
+            lost = (in_blocks * gone.repeat_interleave(BLOCK, dim=1)).sum(-1)[:, : max(0, T - start)]
             mass[mode] = max(mass[mode], lost.max().item())
         o[:, here] = p @ v[:, seen]
         dv[:, seen].baddbmm_(p.mT, dout[:, here])
@@ -222,14 +228,14 @@ class Check:
         return errors((o.detach(), *gradients), reference, heads)
 
     def case(self, case, seed):
-        x = attention_inputs.make(case.B, case.T, case.H, case.D, case.gates, seed, unit=case.weights,
-                                  packed=case.packed)
+        x = attention_inputs.make(case.B, case.T, case.H, case.D, case.gates, seed, unit=case.weights, packed=case.packed)
         norms = (torch.ones(case.H * case.D, device="cuda"),) * 2 if case.weights else None
         heads = checked_heads(case, self.args.quick)
         attentions, first = {}, {}
         for mode in MODES:
-            attentions[mode] = attention = self.library.attention(case.B, case.T, case.H, case.D, mode, LOG_TOLERANCE,
-                                                                  norms, self.args.portable)
+            attentions[mode] = attention = self.library.attention(
+                case.B, case.T, case.H, case.D, mode, LOG_TOLERANCE, norms, self.args.portable
+            )
             attention.poison()
             attention.forward(x.q, x.k, x.v, x.log_f)
             attention.backward(x.dout)
@@ -261,11 +267,14 @@ class Check:
             limit = RATIO * (1 + 4 / math.sqrt(rows))
             if case.T == 65536 and case.gates == "half":
                 other, limit = official[name][0], 1.0
-            self.expect(error <= limit * other, f"{mode} {name}", f"{text(case)}: {error:.4g}, official "
-                        f"{official[name][0]:.4g}, ratio {error / other:.3f}, at most {limit:.3f}")
+            self.expect(
+                error <= limit * other,
+                f"{mode} {name}",
+                f"{text(case)}: {error:.4g}, official {official[name][0]:.4g}, ratio {error / other:.3f}, at most {limit:.3f}",
+            )
             pool = self.pooled[case.T, case.D, mode, name]
-            pool[0] += error ** 2
-            pool[1] += other ** 2
+            pool[0] += error**2
+            pool[1] += other**2
             key = mode, name
             if not error / other <= self.worst.get(key, (-1.0,))[0]:
                 self.worst[key] = error / other, error, official[name][0], case
@@ -288,8 +297,8 @@ class Check:
                 a.poison()
                 a.forward(x.q, x.k, x.v, x.log_f)
                 a.backward(x.dout)
-                return [y.view(torch.int16 if y.element_size() == 2 else torch.int32)
-                        for y in (a.o, a.lse, a.dq, a.dk, a.dv, a.dlog_f)]
+                return [y.view(torch.int16 if y.element_size() == 2 else torch.int32) for y in (a.o, a.lse, a.dq, a.dk, a.dv, a.dlog_f)]
+
             expected = [y.clone() for y in launch()]
             different = torch.zeros((), dtype=torch.int64, device=x.q.device)
             for _ in range(launches - 1):
@@ -302,23 +311,23 @@ class Check:
         print(f"{'mode':6} {'quantity':9} {'ratio':>6} {'error':>10} {'official':>10}  input")
         for (mode, name), (ratio, error, official, case) in sorted(self.worst.items()):
             print(f"{mode:6} {name:9} {ratio:6.3f} {error:10.3g} {official:10.3g}  {text(case)}")
-        over = {key: max(math.sqrt(o / p) for (_, _, *rest), (o, p) in self.pooled.items() if tuple(rest) == key)
-                for key in self.worst}
+        over = {key: max(math.sqrt(o / p) for (_, _, *rest), (o, p) in self.pooled.items() if tuple(rest) == key) for key in self.worst}
         if over:
-            print("over all inputs of one T and D, largest ratio: "
-                  + ", ".join(f"{name} {max(over[m, name] for m in MODES):.3f}" for name in QUANTITIES))
+            print(
+                "over all inputs of one T and D, largest ratio: "
+                + ", ".join(f"{name} {max(over[m, name] for m in MODES):.3f}" for name in QUANTITIES)
+            )
         for mode in MODES:
-            print(f"largest error, {mode}: "
-                  + ", ".join(f"{name} {value:.2g}" for (m, name), value in self.largest.items() if m == mode))
+            print(f"largest error, {mode}: " + ", ".join(f"{name} {value:.2g}" for (m, name), value in self.largest.items() if m == mode))
 
     def report(self):
-        worst = [dict(mode=mode, quantity=name, ratio=ratio, error=error, official=official, case=case._asdict())
-                 for (mode, name), (ratio, error, official, case) in self.worst.items()]
-        pooled = [dict(T=T, D=D, mode=mode, quantity=name, ratio=math.sqrt(o / p))
-                  for (T, D, mode, name), (o, p) in self.pooled.items()]
+        worst = [
+            dict(mode=mode, quantity=name, ratio=ratio, error=error, official=official, case=case._asdict())
+            for (mode, name), (ratio, error, official, case) in self.worst.items()
+        ]
+        pooled = [dict(T=T, D=D, mode=mode, quantity=name, ratio=math.sqrt(o / p)) for (T, D, mode, name), (o, p) in self.pooled.items()]
         largest = {f"{mode} {name}": value for (mode, name), value in self.largest.items()}
-        return dict(machine.facts(), passed=self.passed, failed=self.failed, worst=worst, pooled=pooled,
-                    largest=largest)
+        return dict(machine.facts(), passed=self.passed, failed=self.failed, worst=worst, pooled=pooled, largest=largest)
 
 
 def main():
@@ -327,7 +336,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--portable", action="store_true", help="the kernels for every chip")
     parser.add_argument("-T", "--context", type=int, nargs="+", help="only these")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10 ** 6)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--launches", type=int, help="of the check of bits, 1000 (--quick: 100)")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     args = parser.parse_args()

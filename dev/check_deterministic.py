@@ -8,6 +8,7 @@ without. All print the hash of their parameters, and the first three must print 
 tokens/s of the median steps. Exit status 1 when hashes differ that must not. Without --data the shards are made of this
 project's sources.
 """
+
 import argparse
 import json
 import pathlib
@@ -26,17 +27,55 @@ def own_sources(args, scratch):
     """Shards of the files of this repository, in GPT-2's tokens."""
     data = scratch / "data"
     folders = [official.ROOT / name for name in ("train", "cpu", "cuda", "tests", "dev", "docs", "scripts")]
-    subprocess.run([args.make_shards, "-o", data, "--vocab", official.ROOT / "tests/data/gpt2/gpt2.tiktoken",
-                    "--extensions", ".h,.c,.cu,.cuh,.md,.py,.sh", "--val-fraction", "0", *folders], check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            args.make_shards,
+            "-o",
+            data,
+            "--vocab",
+            official.ROOT / "tests/data/gpt2/gpt2.tiktoken",
+            "--extensions",
+            ".h,.c,.cu,.cuh,.md,.py,.sh",
+            "--val-fraction",
+            "0",
+            *folders,
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return data
 
 
 def train(args, data, out, *options):
     """The hash of the parameters at the end, and the records of metrics.jsonl."""
-    command = [args.train_fox, "-i", data, "-o", out, "-e", args.model, "-T", args.context, "-b", args.micro_batch,
-               "-d", args.batch_tokens, "-x", args.steps, "-v", 0, "-n", 0, "--pruning-every", 0, "--acp", args.acp,
-               "--device", args.device, *options]
+    command = [
+        args.train_fox,
+        "-i",
+        data,
+        "-o",
+        out,
+        "-e",
+        args.model,
+        "-T",
+        args.context,
+        "-b",
+        args.micro_batch,
+        "-d",
+        args.batch_tokens,
+        "-x",
+        args.steps,
+        "-v",
+        0,
+        "-n",
+        0,
+        "--pruning-every",
+        0,
+        "--acp",
+        args.acp,
+        "--device",
+        args.device,
+        *options,
+    ]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     found = re.search(r"parameter hash ([0-9a-f]{16})", done.stdout)
     if done.returncode != 0 or not found:
@@ -74,8 +113,7 @@ def main():
     hashes, speeds = {}, {}
     try:
         data = args.data or own_sources(args, scratch)
-        for name, options in (("first", ["--deterministic"]), ("second", ["--deterministic"]), ("plain", []),
-                              ("plain again", [])):
+        for name, options in (("first", ["--deterministic"]), ("second", ["--deterministic"]), ("plain", []), ("plain again", [])):
             hashes[name], records = train(args, data, scratch / "run", *options)
             speeds[name] = speed(records)
             shutil.rmtree(scratch / "run")
@@ -86,16 +124,33 @@ def main():
         shutil.rmtree(scratch)
     same = hashes["first"] == hashes["second"] == hashes["resumed"]
     cost = speeds["plain"] / max(speeds["first"], speeds["second"]) - 1
-    print(f"{args.model}, T = {args.context}, {args.steps} steps: --deterministic "
-          + ("gives the same bits, stopped and resumed too" if same else "DOES NOT REPEAT")
-          + f", and takes {100 * cost:.1f}% more time; without it two runs "
-          + ("are the same too" if hashes["plain"] == hashes["plain again"] else "differ")
-          + (", and the same as with it" if hashes["plain"] == hashes["first"] else ""))
+    print(
+        f"{args.model}, T = {args.context}, {args.steps} steps: --deterministic "
+        + ("gives the same bits, stopped and resumed too" if same else "DOES NOT REPEAT")
+        + f", and takes {100 * cost:.1f}% more time; without it two runs "
+        + ("are the same too" if hashes["plain"] == hashes["plain again"] else "differ")
+        + (", and the same as with it" if hashes["plain"] == hashes["first"] else "")
+    )
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(dict(
-            machine.facts(), computed_on=official.device_of(records), model=args.model, context=args.context,
-            batch_tokens=args.batch_tokens, steps=args.steps, acp=args.acp, hashes=hashes, tokens_per_s=speeds,
-            same=same, cost=cost), indent=1) + "\n")
+        pathlib.Path(args.out).write_text(
+            json.dumps(
+                dict(
+                    machine.facts(),
+                    computed_on=official.device_of(records),
+                    model=args.model,
+                    context=args.context,
+                    batch_tokens=args.batch_tokens,
+                    steps=args.steps,
+                    acp=args.acp,
+                    hashes=hashes,
+                    tokens_per_s=speeds,
+                    same=same,
+                    cost=cost,
+                ),
+                indent=1,
+            )
+            + "\n"
+        )
     return 0 if same else 1
 
 

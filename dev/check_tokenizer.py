@@ -10,6 +10,7 @@ machine has of real text (C headers, documentation, translations, Python sources
 in, so that they are no UTF-8 any more (there tiktoken's _encode_bytes is the reference); JSON escapes against Python's
 json. tiktoken is timed with the pattern above and, on real text, with the faster equivalent that it ships.
 """
+
 import argparse
 import base64
 import json
@@ -31,17 +32,75 @@ DATA = ROOT / "tests" / "data" / "gpt2"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTEXT = "a@b 1@2 .@. @ @@\n@x '@s @"
 SCRIPTS = {
-    "latin": (0x61, 0x7A), "latin extended": (0xC0, 0x24F), "greek": (0x370, 0x3FF), "cyrillic": (0x400, 0x4FF),
-    "armenian": (0x531, 0x586), "hebrew": (0x5D0, 0x5EA), "arabic": (0x620, 0x669), "devanagari": (0x900, 0x96F),
-    "bengali": (0x980, 0x9EF), "tamil": (0xB82, 0xBEF), "thai": (0xE01, 0xE59), "georgian": (0x10A0, 0x10FF),
-    "ethiopic": (0x1200, 0x137C), "hiragana and katakana": (0x3041, 0x30FF), "han": (0x4E00, 0x9FFF),
-    "hangul": (0xAC00, 0xD7A3), "mathematical": (0x1D400, 0x1D7FF), "cuneiform": (0x12000, 0x12399),
+    "latin": (0x61, 0x7A),
+    "latin extended": (0xC0, 0x24F),
+    "greek": (0x370, 0x3FF),
+    "cyrillic": (0x400, 0x4FF),
+    "armenian": (0x531, 0x586),
+    "hebrew": (0x5D0, 0x5EA),
+    "arabic": (0x620, 0x669),
+    "devanagari": (0x900, 0x96F),
+    "bengali": (0x980, 0x9EF),
+    "tamil": (0xB82, 0xBEF),
+    "thai": (0xE01, 0xE59),
+    "georgian": (0x10A0, 0x10FF),
+    "ethiopic": (0x1200, 0x137C),
+    "hiragana and katakana": (0x3041, 0x30FF),
+    "han": (0x4E00, 0x9FFF),
+    "hangul": (0xAC00, 0xD7A3),
+    "mathematical": (0x1D400, 0x1D7FF),
+    "cuneiform": (0x12000, 0x12399),
 }
 SPECIAL = [
-    "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'", "\u2019s", " ", "  ", "   ", "\n", "\r\n", "\n\n", "\t",
-    "\u00a0", "\u2003", "\u3000", "\u0085", "\u2028", "\u200b", "\u200d", "\ufeff", "\u0301", "\x00", "\x1f",
-    "\x7f", "\u00b2", "\u00bd", "\u2167", "\u0663", "0", "12", "1234567", ".", "...", ",", "!?", "{", "};", "==", "->",
-    "_", "<|endoftext|>", "\ufffd", "\U000e0041", "\U0010ffff",
+    "'s",
+    "'t",
+    "'re",
+    "'ve",
+    "'m",
+    "'ll",
+    "'d",
+    "'S",
+    "'",
+    "\u2019s",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\r\n",
+    "\n\n",
+    "\t",
+    "\u00a0",
+    "\u2003",
+    "\u3000",
+    "\u0085",
+    "\u2028",
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\u0301",
+    "\x00",
+    "\x1f",
+    "\x7f",
+    "\u00b2",
+    "\u00bd",
+    "\u2167",
+    "\u0663",
+    "0",
+    "12",
+    "1234567",
+    ".",
+    "...",
+    ",",
+    "!?",
+    "{",
+    "};",
+    "==",
+    "->",
+    "_",
+    "<|endoftext|>",
+    "\ufffd",
+    "\U000e0041",
+    "\U0010ffff",
 ]
 
 
@@ -172,8 +231,11 @@ def compare(encoding, ours, name, documents):
     tokens = sum(map(len, want))
     wrong = [i for i in range(len(documents)) if found[i] != pack(want[i])]
     theirs, mine = size / 1e6 / theirs_s, size / 1e6 / ours_s
-    print(f"{name:19} {size / 1e6:7.2f} MB {len(documents):7} documents ({len(documents) - valid} not UTF-8) "
-          f"{tokens:9} tokens   {len(wrong)} differ   tiktoken {theirs:5.1f} MB/s, ours {mine:5.1f} MB/s", flush=True)
+    print(
+        f"{name:19} {size / 1e6:7.2f} MB {len(documents):7} documents ({len(documents) - valid} not UTF-8) "
+        f"{tokens:9} tokens   {len(wrong)} differ   tiktoken {theirs:5.1f} MB/s, ours {mine:5.1f} MB/s",
+        flush=True,
+    )
     for i in wrong[:3]:
         print("  differs:", documents[i][:200])
     return len(wrong)
@@ -201,8 +263,10 @@ def escapes(ours, documents):
     found, seconds = ours.run(documents, "escape")
     want = [json.dumps(d.decode("utf-8", "surrogateescape"))[1:-1].encode() for d in documents]
     wrong = sum(a != b for a, b in zip(want, found))
-    print(f"JSON escapes        {sum(map(len, documents)) / 1e6:.2f} MB   {wrong} differ   "
-          f"ours {sum(map(len, documents)) / 1e6 / seconds:.1f} MB/s")
+    print(
+        f"JSON escapes        {sum(map(len, documents)) / 1e6:.2f} MB   {wrong} differ   "
+        f"ours {sum(map(len, documents)) / 1e6 / seconds:.1f} MB/s"
+    )
     return wrong
 
 

@@ -19,6 +19,7 @@ steps, in the second half; tokens/s of the median step; skipped fraction of the 
 how far the last validations of runs are apart that differ by their seed only. --keep FOLDER keeps the folder of each
 run of ours, with its last checkpoint.
 """
+
 import argparse
 import json
 import os
@@ -47,17 +48,60 @@ def split_name(name):
 def recipe(args, seed):
     """train_fox's options of a run, but for the model."""
     steps = int(args.tokens) // args.batch_tokens
-    return ["-i", args.data, "-T", args.context, "-b", args.micro_batch, "-d", args.batch_tokens, "-x", steps,
-            "-l", args.lr, "--warmup-tokens", args.warmup_steps * args.batch_tokens, "-v", args.val_every,
-            "--val-batches", args.val_sequences // args.micro_batch, "--pruning-every", args.val_every, "--seed", seed]
+    return [
+        "-i",
+        args.data,
+        "-T",
+        args.context,
+        "-b",
+        args.micro_batch,
+        "-d",
+        args.batch_tokens,
+        "-x",
+        steps,
+        "-l",
+        args.lr,
+        "--warmup-tokens",
+        args.warmup_steps * args.batch_tokens,
+        "-v",
+        args.val_every,
+        "--val-batches",
+        args.val_sequences // args.micro_batch,
+        "--pruning-every",
+        args.val_every,
+        "--seed",
+        seed,
+    ]
 
 
 def initial_weights(args, model, seed, scratch):
     """A checkpoint folder with the weights that train_fox starts from with this seed."""
     out = scratch / f"init_{model}_{seed}"
     if not out.exists():
-        official.run_ours(args.train_fox, model, args.data, out, "-T", 64, "-b", 1, "-d", 64, "-x", 1, "-v", 0,
-                          "-l", official.TINY_RATE, "--warmup-tokens", 0, "--pruning-every", 0, "--seed", seed)
+        official.run_ours(
+            args.train_fox,
+            model,
+            args.data,
+            out,
+            "-T",
+            64,
+            "-b",
+            1,
+            "-d",
+            64,
+            "-x",
+            1,
+            "-v",
+            0,
+            "-l",
+            official.TINY_RATE,
+            "--warmup-tokens",
+            0,
+            "--pruning-every",
+            0,
+            "--seed",
+            seed,
+        )
     return official.newest_checkpoint(out)
 
 
@@ -70,8 +114,19 @@ def run_ours(args, kind, seed, scratch):
     weights = initial_weights(args, args.baseline if baseline else args.model, seed, scratch)
     out = args.keep / f"{kind}@{seed}" if args.keep else scratch / "run"
     shutil.rmtree(out, ignore_errors=True)
-    records = official.run_ours(args.train_fox, weights, args.data, out, *recipe(args, seed)[2:], "--acp", "off" if baseline else kind,
-                                "--device", args.device, "-n", 0 if args.keep else -1)
+    records = official.run_ours(
+        args.train_fox,
+        weights,
+        args.data,
+        out,
+        *recipe(args, seed)[2:],
+        "--acp",
+        "off" if baseline else kind,
+        "--device",
+        args.device,
+        "-n",
+        0 if args.keep else -1,
+    )
     if not args.keep:
         shutil.rmtree(out)
     return records
@@ -80,10 +135,24 @@ def run_ours(args, kind, seed, scratch):
 def run_official(args, kind, seed, scratch):
     """In a process of its own, so that its memory is free afterwards. Its records come back even if it ends badly."""
     log = pathlib.Path(args.out).with_suffix(f".{kind}.jsonl")
-    command = [sys.executable, official.ROOT / "dev" / "train_official.py", "--official", args.official,
-               "--init", initial_weights(args, args.model, seed,
-                                         scratch), "--acp", "off" if kind == "official-off" else "paper",
-               "--out", log, "--seconds", args.official_seconds, "--", "-e", args.model, *recipe(args, seed)]
+    command = [
+        sys.executable,
+        official.ROOT / "dev" / "train_official.py",
+        "--official",
+        args.official,
+        "--init",
+        initial_weights(args, args.model, seed, scratch),
+        "--acp",
+        "off" if kind == "official-off" else "paper",
+        "--out",
+        log,
+        "--seconds",
+        args.official_seconds,
+        "--",
+        "-e",
+        args.model,
+        *recipe(args, seed),
+    ]
     done = subprocess.run(list(map(str, command)))
     if done.returncode != 0:
         print(f"{kind} ended with {done.returncode}", flush=True)
@@ -107,13 +176,18 @@ def summarize(name, records, plan):
     if settings.get("windows", plan.windows) != plan.windows:
         raise SystemExit(f"{name}: {settings['windows']} windows of data, the plan has {plan.windows}")
     kind, seed = split_name(name)
-    run = dict(program=kind.partition("-")[0] if kind.startswith("official") else "ours", seed=seed,
-               acp=dict(official="paper", transformer="off").get(kind, kind.removeprefix("official-")),
-               computed_on=settings["device"], **machine.facts(),
-               tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
-               train_seconds=sum(r["step_ms"] for r in steps) / 1e3,
-               loss=[round(r["loss"], 5) for r in steps], grad_norm=[round(r["grad_norm"], 5) for r in steps],
-               validation=[[r["step"], round(r["loss"], 5)] for r in records if r["kind"] == "validation"])
+    run = dict(
+        program=kind.partition("-")[0] if kind.startswith("official") else "ours",
+        seed=seed,
+        acp=dict(official="paper", transformer="off").get(kind, kind.removeprefix("official-")),
+        computed_on=settings["device"],
+        **machine.facts(),
+        tokens_per_s=statistics.median(r["tokens_per_s"] for r in steps),
+        train_seconds=sum(r["step_ms"] for r in steps) / 1e3,
+        loss=[round(r["loss"], 5) for r in steps],
+        grad_norm=[round(r["grad_norm"], 5) for r in steps],
+        validation=[[r["step"], round(r["loss"], 5)] for r in records if r["kind"] == "validation"],
+    )
     if any(r.get("pruned") is not None for r in steps):
         run["pruned"] = [round(r["pruned"], 4) for r in steps]
     return run
@@ -121,7 +195,7 @@ def summarize(name, records, plan):
 
 def smooth(losses):
     """Means of LAST steps."""
-    return [statistics.fmean(losses[i:i + LAST]) for i in range(0, len(losses) - LAST + 1, LAST)]
+    return [statistics.fmean(losses[i : i + LAST]) for i in range(0, len(losses) - LAST + 1, LAST)]
 
 
 def difference(run, other):
@@ -132,7 +206,7 @@ def difference(run, other):
     validation, common = None, dict(map(tuple, other["validation"]))
     for step, loss in run["validation"]:
         validation = loss - common[step] if step in common else validation
-    curve = max((abs(x - y) for x, y in list(zip(a, b))[len(a) // 2:]), default=None)
+    curve = max((abs(x - y) for x, y in list(zip(a, b))[len(a) // 2 :]), default=None)
     return dict(train=last, validation=validation, curve=curve)
 
 
@@ -141,19 +215,19 @@ def show(number, width=9, digits=4, sign=""):
 
 
 def print_table(runs):
-    print(f"\n{'run':14} {'steps':>5} {'train':>9} {'valid':>9} {'tokens/s':>9} {'pruned':>7}   "
-          "differs from     train     valid     curve")
+    print(f"\n{'run':14} {'steps':>5} {'train':>9} {'valid':>9} {'tokens/s':>9} {'pruned':>7}   differs from     train     valid     curve")
     for name, run in runs.items():
-        line = (f"{name:14} {len(run['loss']):5} {show(statistics.fmean(run['loss'][-LAST:]))} "
-                f"{show(run['validation'][-1][1] if run['validation'] else None)} {run['tokens_per_s']:9,.0f} "
-                + (f"{100 * statistics.fmean(run['pruned'][-LAST:]):6.1f}%" if "pruned" in run else "      -"))
+        line = (
+            f"{name:14} {len(run['loss']):5} {show(statistics.fmean(run['loss'][-LAST:]))} "
+            f"{show(run['validation'][-1][1] if run['validation'] else None)} {run['tokens_per_s']:9,.0f} "
+            + (f"{100 * statistics.fmean(run['pruned'][-LAST:]):6.1f}%" if "pruned" in run else "      -")
+        )
         suffix = name.partition("@")[1] + name.partition("@")[2]
         others = [o for o in ("official" + suffix, "off" + suffix) if o in runs and o != name]
         for other in others or [o for o in list(runs)[:1] if o != name] or [None]:
             if other is not None:
                 d = difference(run, runs[other])
-                line += (f"   {other:12} {show(d['train'], sign='+')} {show(d['validation'], sign='+')} "
-                         f"{show(d['curve'])}")
+                line += f"   {other:12} {show(d['train'], sign='+')} {show(d['validation'], sign='+')} {show(d['curve'])}"
             print(line)
             line = " " * 58
 
@@ -166,8 +240,10 @@ def print_seeds(runs):
             by_kind.setdefault(name.partition("@")[0], []).append(run["validation"][-1][1])
     for kind, losses in by_kind.items():
         if len(losses) > 1:
-            print(f"{len(losses)} seeds of {kind}: last validations {min(losses):.4f} to {max(losses):.4f}, "
-                  f"apart by {max(losses) - min(losses):.4f}")
+            print(
+                f"{len(losses)} seeds of {kind}: last validations {min(losses):.4f} to {max(losses):.4f}, "
+                f"apart by {max(losses) - min(losses):.4f}"
+            )
 
 
 def main():
@@ -175,8 +251,7 @@ def main():
     parser.add_argument("runs", nargs="*", help="what to train")
     parser.add_argument("--official", metavar="DIR", help="clone of the official repository")
     parser.add_argument("--data", help="folder of shards, *train*.bin and *val*.bin")
-    parser.add_argument("--out", default=os.path.join(os.environ.get("OUT") or "build", "training.json"),
-                        help="JSON file")
+    parser.add_argument("--out", default=os.path.join(os.environ.get("OUT") or "build", "training.json"), help="JSON file")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="earlier results")
     parser.add_argument("--model", default="fox-pro-125m", help="preset")
     parser.add_argument("--baseline", help="preset of `transformer`; by default the one like --model")

@@ -17,12 +17,12 @@ other output, and from the second layer on the tokens of a sequence share a dire
 --embedding-scale multiplies the embeddings; with 1000 each token's own part stays the largest in every layer, and the
 logits are N(mu_h, 1) throughout. Use it for untrained checkpoints, which are for timing only.
 """
+
 import argparse
 import json
 import pathlib
 
 import numpy as np
-
 from official import write_checkpoint
 
 
@@ -31,7 +31,7 @@ def impose_gates(tensors, low=-1.0, high=8.5, seed=0, embedding_scale=1.0):
     rng = np.random.default_rng(seed)
     names = sorted(name for name in tensors if name.endswith("attn.fgate_proj.weight"))
     for name in names:
-        layer = name[:-len("attn.fgate_proj.weight")]
+        layer = name[: -len("attn.fgate_proj.weight")]
         norm = np.asarray(tensors[layer + "attn_norm.weight"], dtype=np.float64)
         heads, width = tensors[name].shape
         weight = rng.standard_normal((heads, width)) / np.sqrt(np.square(norm).sum())
@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--embedding-scale", type=float, default=1.0)
     args = parser.parse_args()
     import safetensors.numpy
+
     tensors = safetensors.numpy.load_file(str(args.checkpoint / "model.safetensors"))
     layers = impose_gates(tensors, args.low, args.high, args.seed, args.embedding_scale)
     if layers == 0:

@@ -1,4 +1,5 @@
 """Where and when a result was measured: for the head of every JSON file of results."""
+
 import datetime
 import os
 import subprocess
@@ -22,5 +23,4 @@ def facts():
     commit = _first_line("git", "rev-parse", "--short", "HEAD")
     if commit and _first_line("git", "status", "--porcelain", "--untracked-files=no"):
         commit += "+"
-    return dict(device=device, driver=driver, date=datetime.date.today().isoformat(),
-                commit=os.environ.get("COMMIT") or commit)
+    return dict(device=device, driver=driver, date=datetime.date.today().isoformat(), commit=os.environ.get("COMMIT") or commit)

@@ -8,6 +8,7 @@ every other character, and decoding gives back the members of the class.
     pip install tiktoken
     python3 dev/make_unicode_tables.py
 """
+
 import pathlib
 
 import tiktoken

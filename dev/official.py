@@ -10,6 +10,7 @@ changed on disk. Three things are done to it in memory, so that it runs with cur
 
 Nothing here needs PyTorch before an Official is made. The packages are in dev/requirements.txt.
 """
+
 import contextlib
 import fnmatch
 import glob
@@ -24,9 +25,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAGIC, HEADER_BYTES, DEFAULT_VOCAB = 20240520, 1024, 50257
 LOG_TOLERANCE = -10.0  # the default of --log-tolerance
-TINY_RATE = "1e-30"    # a learning rate that changes no weight: updates vanish in float32's rounding
-PRO = dict(hidden_ratio=3.5, use_output_gate=True, use_output_norm=True, qk_norm=True, use_k_shift=True,
-           use_v_shift=True)
+TINY_RATE = "1e-30"  # a learning rate that changes no weight: updates vanish in float32's rounding
+PRO = dict(hidden_ratio=3.5, use_output_gate=True, use_output_norm=True, qk_norm=True, use_k_shift=True, use_v_shift=True)
 PRESETS = {
     "fox-pro-125m": dict(hidden_size=768, num_hidden_layers=12, num_heads=12, **PRO),
     "fox-pro-360m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, **PRO),
@@ -78,7 +78,7 @@ def first_windows(where, T, count):
         tokens, vocab_size = open_shard(path)
         for start in range(0, len(tokens) - T, window_stride(path, T)):
             if len(windows) < count:
-                windows.append(np.array(tokens[start:start + T + 1], dtype=np.int64))
+                windows.append(np.array(tokens[start : start + T + 1], dtype=np.int64))
     if len(windows) < count:
         raise SystemExit(f"{where}: {len(windows)} windows of {T} tokens, {count} are needed")
     return np.stack(windows), vocab_size
@@ -111,6 +111,7 @@ def newest_checkpoint(out):
 def read_fixture(path):
     """A fixture's tensors (numpy) and the configuration in its metadata."""
     import safetensors
+
     with safetensors.safe_open(path, framework="np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata()
@@ -128,10 +129,18 @@ def _parse(text):
 def write_checkpoint(directory, config, tensors):
     """A folder that both programs load. config: the keys that differ from the official defaults."""
     import safetensors.numpy
+
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    defaults = dict(architectures=["ForgettingTransformerForCausalLM"], model_type="forgetting_transformer-project_fox",
-                    torch_dtype="float32", fgate_type="full", bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    defaults = dict(
+        architectures=["ForgettingTransformerForCausalLM"],
+        model_type="forgetting_transformer-project_fox",
+        torch_dtype="float32",
+        fgate_type="full",
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     (directory / "config.json").write_text(json.dumps({**defaults, **config}, indent=2) + "\n")
     tensors = {name: np.ascontiguousarray(t, dtype=np.float32) for name, t in tensors.items()}
     safetensors.numpy.save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
@@ -152,17 +161,21 @@ class Official:
         source = pathlib.Path(directory)
         source = source / "src" if (source / "src" / "forgetting_transformer").is_dir() else source
         if not (source / "forgetting_transformer").is_dir():
-            raise SystemExit(f"--official {directory}: no src/forgetting_transformer there; expected a clone of "
-                             "github.com/zhixuan-lin/forgetting-transformer")
+            raise SystemExit(
+                f"--official {directory}: no src/forgetting_transformer there; expected a clone of "
+                "github.com/zhixuan-lin/forgetting-transformer"
+            )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         sys.path.insert(0, str(source))
         import torch
         import transformers
+
         if not torch.cuda.is_available():
             raise SystemExit("the official model needs an NVIDIA GPU: its layers are Triton kernels")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         from forgetting_transformer.model.forgetting_transformer import modeling_forgetting_transformer as modeling
+
         self.torch, self.modeling = torch, modeling
         self.Config, self.Model = modeling.ForgettingTransformerConfig, modeling.ForgettingTransformerForCausalLM
         self.Model._tied_weights_keys = {}
@@ -192,8 +205,7 @@ class Official:
         """The model of a checkpoint folder on the GPU, float32, in training mode. Every tensor must be there, and no
         other."""
         torch = self.torch
-        model, info = self.Model.from_pretrained(str(checkpoint), config=self.config(checkpoint, acp),
-                                                 output_loading_info=True)
+        model, info = self.Model.from_pretrained(str(checkpoint), config=self.config(checkpoint, acp), output_loading_info=True)
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             found = info.get(key) if isinstance(info, dict) else getattr(info, key)
             if found:
@@ -235,8 +247,11 @@ class Official:
         out = []
         for i in range(0, T, rows):
             end = min(i + rows, T)
-            out.append(torch.utils.checkpoint.checkpoint(block, q[:, :, i:end], k[:, :, :end], v[:, :, :end],
-                                                         c[:, :, i:end], c[:, :, :end], use_reentrant=False))
+            out.append(
+                torch.utils.checkpoint.checkpoint(
+                    block, q[:, :, i:end], k[:, :, :end], v[:, :, :end], c[:, :, i:end], c[:, :, :end], use_reentrant=False
+                )
+            )
         return torch.cat(out, dim=2)
 
     def forward_backward(self, model, tokens, targets, precision):
@@ -255,8 +270,13 @@ class Official:
     def versions(self):
         import transformers
         import triton
-        return dict(device=self.torch.cuda.get_device_name(0), torch=self.torch.__version__, triton=triton.__version__,
-                    transformers=transformers.__version__)
+
+        return dict(
+            device=self.torch.cuda.get_device_name(0),
+            torch=self.torch.__version__,
+            triton=triton.__version__,
+            transformers=transformers.__version__,
+        )
 
 
 def total_norm(gradients):

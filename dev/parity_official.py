@@ -26,6 +26,7 @@ ref|| / ||ref||; for the losses of the tokens the same ratio, the largest differ
 is drawn again a few times with weights that differ by 1e-3 of themselves, each against its own float32 run: `median`
 of these, and `largest` of these and the case itself.
 """
+
 import argparse
 import json
 import pathlib
@@ -34,7 +35,6 @@ import sys
 import tempfile
 
 import numpy as np
-
 import official
 
 TOLERANCE = {"cpu": dict(loss=1e-4, norm=1e-3), "cuda": dict(loss=5e-3, norm=2e-2)}
@@ -53,14 +53,46 @@ def ours_on_windows(args, checkpoint, windows, vocab_size, scratch):
     for i, window in enumerate(windows):
         official.write_shard(data / f"train_{i:04d}.bin", window, vocab_size)
     records = official.run_ours(
-        args.train_fox, checkpoint, data, out, "-j", data / "train_*.bin", "-T", T, "-b", 1, "-d", T, "-x", count,
-        "-l", official.TINY_RATE, "--warmup-tokens", 0, "-v", count, "--val-batches", 0, "--pruning-every", 0,
-        "--acp", "paper" if args.acp else "off", "--device", args.device)
+        args.train_fox,
+        checkpoint,
+        data,
+        out,
+        "-j",
+        data / "train_*.bin",
+        "-T",
+        T,
+        "-b",
+        1,
+        "-d",
+        T,
+        "-x",
+        count,
+        "-l",
+        official.TINY_RATE,
+        "--warmup-tokens",
+        0,
+        "-v",
+        count,
+        "--val-batches",
+        0,
+        "--pruning-every",
+        0,
+        "--acp",
+        "paper" if args.acp else "off",
+        "--device",
+        args.device,
+    )
     steps = [r for r in records if r["kind"] == "step"]
     validation = [r["loss"] for r in records if r["kind"] == "validation"][-1]
     pruned = np.mean([r["pruned"] or 0 for r in steps])
-    return (np.sort([r["loss"] for r in steps]), np.sort([r["grad_norm"] for r in steps]), validation, pruned,
-            official.device_of(records), official.newest_checkpoint(out))
+    return (
+        np.sort([r["loss"] for r in steps]),
+        np.sort([r["grad_norm"] for r in steps]),
+        validation,
+        pruned,
+        official.device_of(records),
+        official.newest_checkpoint(out),
+    )
 
 
 def official_on_windows(code, model, windows, precision):
@@ -72,6 +104,7 @@ def official_on_windows(code, model, windows, precision):
 def same_weights(a, b):
     """The names of the tensors that differ between two checkpoint folders by more than the tiny rate's update."""
     import safetensors.numpy
+
     a, b = (safetensors.numpy.load_file(str(pathlib.Path(x) / "model.safetensors")) for x in (a, b))
     return [n for n in sorted(a.keys() | b.keys()) if n not in a or n not in b or not np.allclose(a[n], b[n], 0, 1e-20)]
 
@@ -93,10 +126,14 @@ def parity(args, code, given, scratch):
     changed = same_weights(checkpoint, written)
     model = code.load(written if is_fixture else checkpoint, args.acp)
     allowed, good = TOLERANCE[device], not changed
-    print(f"{given}: {len(windows)} windows of {args.context} tokens, ours on {device}"
-          + (f", acp paper ({100 * pruned:.1f}% of blocks skipped)" if args.acp else ", acp off"))
-    print("  from_pretrained: no missing, unexpected or mismatched tensor; our program's copy of the weights "
-          + (f"DIFFERS: {', '.join(changed)}" if changed else "is the same"))
+    print(
+        f"{given}: {len(windows)} windows of {args.context} tokens, ours on {device}"
+        + (f", acp paper ({100 * pruned:.1f}% of blocks skipped)" if args.acp else ", acp off")
+    )
+    print(
+        "  from_pretrained: no missing, unexpected or mismatched tensor; our program's copy of the weights "
+        + (f"DIFFERS: {', '.join(changed)}" if changed else "is the same")
+    )
     for precision in ("float32", "bf16"):
         ref_losses, ref_norms = official_on_windows(code, model, windows, precision)
         loss_error = np.abs(losses - ref_losses).max()
@@ -106,9 +143,11 @@ def parity(args, code, given, scratch):
         passed = max(loss_error, mean_error) <= allowed["loss"] and norm_error <= allowed["norm"]
         good = good and (passed or not required)
         verdict = ("FAIL", "PASS")[bool(passed)] if required else "(for information)"
-        print(f"  official {precision:8} loss {ref_losses.mean():.6f} (ours {losses.mean():.6f}): off by "
-              f"{loss_error:.2e}, in validation {mean_error:.2e}; gradient norm {ref_norms.mean():.6f} "
-              f"(ours {norms.mean():.6f}): off by {norm_error:.2e}  {verdict}")
+        print(
+            f"  official {precision:8} loss {ref_losses.mean():.6f} (ours {losses.mean():.6f}): off by "
+            f"{loss_error:.2e}, in validation {mean_error:.2e}; gradient norm {ref_norms.mean():.6f} "
+            f"(ours {norms.mean():.6f}): off by {norm_error:.2e}  {verdict}"
+        )
     return good
 
 
@@ -122,9 +161,12 @@ def relative(a, b):
 
 def errors(losses, gradients, ref_losses, ref_gradients):
     """How far a run is off; gradients: {name: numpy}."""
-    return dict(loss=relative(losses, ref_losses), loss_largest=float(np.abs(losses - ref_losses).max()),
-                loss_mean=float(abs(np.mean(losses, dtype=np.float64) - np.mean(ref_losses, dtype=np.float64))),
-                gradients={name: relative(gradients[name], ref_gradients[name]) for name in sorted(ref_gradients)})
+    return dict(
+        loss=relative(losses, ref_losses),
+        loss_largest=float(np.abs(losses - ref_losses).max()),
+        loss_mean=float(abs(np.mean(losses, dtype=np.float64) - np.mean(ref_losses, dtype=np.float64))),
+        gradients={name: relative(gradients[name], ref_gradients[name]) for name in sorted(ref_gradients)},
+    )
 
 
 def summarize(draws, pick):
@@ -138,7 +180,7 @@ def truth(code, path, acp, scratch):
     tensors, config = official.read_fixture(path)
     official.write_checkpoint(scratch, config, official.fixture_weights(tensors))
     model = code.load(scratch, acp)
-    ref_gradients = {n[len("grad."):]: t for n, t in tensors.items() if n.startswith("grad.")}
+    ref_gradients = {n[len("grad.") :]: t for n, t in tensors.items() if n.startswith("grad.")}
 
     def run(precision):
         losses, gradients = code.forward_backward(model, tensors["input_ids"], tensors["labels"], precision)
@@ -155,12 +197,13 @@ def truth(code, path, acp, scratch):
                 noise = code.torch.randn(p.shape, generator=generator, device="cuda")
                 p.copy_(start[name] * (1 + 1e-3 * noise))
         draws.append(errors(*run("bf16"), *run("float32")))
-    result.update(redraws=REDRAWS, median=summarize(draws, np.median),
-                  largest=summarize(draws + [result["bf16"]], np.max))
+    result.update(redraws=REDRAWS, median=summarize(draws, np.median), largest=summarize(draws + [result["bf16"]], np.max))
     worst = max(result["bf16"]["gradients"], key=result["bf16"]["gradients"].get)
-    print(f"{path}{', acp' if acp else ''}: official float32 off by {exact['loss_largest']:.1e} in the losses, "
-          f"{max(exact['gradients'].values()):.1e} in the gradients; official bf16 "
-          f"{result['bf16']['loss_largest']:.1e} and up to {result['bf16']['gradients'][worst]:.2e} ({worst})")
+    print(
+        f"{path}{', acp' if acp else ''}: official float32 off by {exact['loss_largest']:.1e} in the losses, "
+        f"{max(exact['gradients'].values()):.1e} in the gradients; official bf16 "
+        f"{result['bf16']['loss_largest']:.1e} and up to {result['bf16']['gradients'][worst]:.2e} ({worst})"
+    )
     return result
 
 
@@ -190,8 +233,10 @@ def main():
         for i, path in enumerate(args.truth):
             cases[pathlib.Path(path).stem] = truth(code, path, args.acp, scratch / f"truth_{i}")
         if cases:
-            text = json.dumps(dict(official="bf16 autocast, relative to the fixture's float32", **code.versions(),
-                                   cases=cases), indent=1) + "\n"
+            text = (
+                json.dumps(dict(official="bf16 autocast, relative to the fixture's float32", **code.versions(), cases=cases), indent=1)
+                + "\n"
+            )
             if args.out:
                 pathlib.Path(args.out).write_text(text)
             else:

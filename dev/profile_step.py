@@ -17,6 +17,7 @@ a little time between kernels: tokens/s is for comparison with the program alone
 Where CUPTI does not work (no permission to trace), --ncu times the kernels by Nsight Compute instead: slowly, one by
 one, and without idle time.
 """
+
 import argparse
 import csv
 import json
@@ -27,9 +28,8 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-
 import machine
+import numpy as np
 import official
 from impose_gates import impose_gates
 
@@ -87,8 +87,22 @@ def find_cupti():
 def build_tracer(folder):
     library, cupti, root = folder / "cupti_trace.so", find_cupti(), cuda_root()
     include = [f"-I{root}/include", f"-I{root}/extras/CUPTI/include", f"-I{cupti.parent.parent}/include"]
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", *include, official.ROOT / "dev" / "cupti_trace.c", "-o", library,
-                    cupti, f"-Wl,-rpath,{cupti.parent}", "-lpthread"], check=True)
+    subprocess.run(
+        [
+            "cc",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            *include,
+            official.ROOT / "dev" / "cupti_trace.c",
+            "-o",
+            library,
+            cupti,
+            f"-Wl,-rpath,{cupti.parent}",
+            "-lpthread",
+        ],
+        check=True,
+    )
     return library
 
 
@@ -96,17 +110,22 @@ def trace(command, step_kernel, skip, folder):
     """Runs a program; what dev/cupti_trace.c writes about it."""
     out = folder / "trace.json"
     out.unlink(missing_ok=True)
-    settings = dict(CUDA_INJECTION64_PATH=str(build_tracer(folder)), CUPTI_TRACE_OUT=str(out),
-                    CUPTI_TRACE_STEP=step_kernel, CUPTI_TRACE_SKIP=str(skip))
-    done = subprocess.run(list(map(str, command)), env={**os.environ, **settings}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+    settings = dict(
+        CUDA_INJECTION64_PATH=str(build_tracer(folder)), CUPTI_TRACE_OUT=str(out), CUPTI_TRACE_STEP=step_kernel, CUPTI_TRACE_SKIP=str(skip)
+    )
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode != 0 or not out.exists():
-        raise SystemExit(f"{' '.join(map(str, command))}\nended with {done.returncode}, "
-                         f"{'with' if out.exists() else 'without'} a trace:\n{done.stdout[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(map(str, command))}\nended with {done.returncode}, "
+            f"{'with' if out.exists() else 'without'} a trace:\n{done.stdout[-2000:]}"
+        )
     result = json.loads(out.read_text())
     if result["steps"] == 0:
-        raise SystemExit(f"the trace has no step after the first {skip}: no kernel's name contains {step_kernel}, or "
-                         "the program made no more steps")
+        raise SystemExit(
+            f"the trace has no step after the first {skip}: no kernel's name contains {step_kernel}, or the program made no more steps"
+        )
     return result
 
 
@@ -126,8 +145,7 @@ def trace_with_ncu(command, step_kernel, skip):
             kernel = kernels.setdefault(row["Kernel Name"], dict(name=row["Kernel Name"], calls=0, ms=0.0, bytes=0))
             kernel["calls"] += 1
             kernel["ms"] += float(row["Metric Value"].replace(",", "")) / 1e6
-    return dict(steps=max(steps + marked - skip, 1), span_ms=None, busy_ms=None, dropped=0,
-                kernels=list(kernels.values()))
+    return dict(steps=max(steps + marked - skip, 1), span_ms=None, busy_ms=None, dropped=0, kernels=list(kernels.values()))
 
 
 # ---- the table
@@ -142,9 +160,12 @@ def summarize(traced):
         group["calls"] += kernel["calls"] / steps
     ordered = dict(sorted(groups.items(), key=lambda item: -item[1]["ms"]))
     kernels = sorted(traced["kernels"], key=lambda kernel: -kernel["ms"])
-    result = dict(steps=steps, groups=ordered, dropped=traced["dropped"],
-                  kernels=[dict(name=k["name"][:160], group=group_of(k["name"]), ms=k["ms"] / steps,
-                                calls=k["calls"] / steps) for k in kernels[:40]])
+    result = dict(
+        steps=steps,
+        groups=ordered,
+        dropped=traced["dropped"],
+        kernels=[dict(name=k["name"][:160], group=group_of(k["name"]), ms=k["ms"] / steps, calls=k["calls"] / steps) for k in kernels[:40]],
+    )
     if traced["span_ms"] is not None:
         result.update(step_ms=traced["span_ms"] / steps, idle_ms=(traced["span_ms"] - traced["busy_ms"]) / steps)
     return result
@@ -171,11 +192,30 @@ def print_profile(title, profile, batch_tokens):
 def write_start(args, folder):
     """FOLDER/checkpoint and FOLDER/random_train.bin: untrained weights with imposed gates, random tokens."""
     import safetensors.numpy
+
     rng = np.random.default_rng(0)
     count = 4 * args.batch_tokens + args.context + 1
     official.write_shard(folder / "random_train.bin", rng.integers(0, VOCAB_SIZE, count), VOCAB_SIZE)
-    official.run_ours(args.train_fox, args.model, folder / "random_train.bin", folder / "start", "-T", 64, "-b", 1,
-                      "-d", 64, "-x", 1, "-v", 0, "-l", official.TINY_RATE, "--warmup-tokens", 0)
+    official.run_ours(
+        args.train_fox,
+        args.model,
+        folder / "random_train.bin",
+        folder / "start",
+        "-T",
+        64,
+        "-b",
+        1,
+        "-d",
+        64,
+        "-x",
+        1,
+        "-v",
+        0,
+        "-l",
+        official.TINY_RATE,
+        "--warmup-tokens",
+        0,
+    )
     start = official.newest_checkpoint(folder / "start")
     tensors = safetensors.numpy.load_file(str(start / "model.safetensors"))
     impose_gates(tensors, embedding_scale=EMBEDDING_SCALE)
@@ -185,10 +225,34 @@ def write_start(args, folder):
 
 
 def profile_ours(args, checkpoint, data, acp, folder):
-    command = [args.train_fox, "-i", data, "-e", checkpoint, "-o", folder / "run", "-T", args.context,
-               "-b", args.micro_batch or args.batch_tokens // args.context, "-d", args.batch_tokens,
-               "-x", args.warmup + args.steps, "-l", RATE, "--acp", acp, "-v", 0, "-n", 0, "--pruning-every", 0,
-               *args.extra]
+    command = [
+        args.train_fox,
+        "-i",
+        data,
+        "-e",
+        checkpoint,
+        "-o",
+        folder / "run",
+        "-T",
+        args.context,
+        "-b",
+        args.micro_batch or args.batch_tokens // args.context,
+        "-d",
+        args.batch_tokens,
+        "-x",
+        args.warmup + args.steps,
+        "-l",
+        RATE,
+        "--acp",
+        acp,
+        "-v",
+        0,
+        "-n",
+        0,
+        "--pruning-every",
+        0,
+        *args.extra,
+    ]
     if args.ncu:
         traced = trace_with_ncu(command, "adamw_kernel", args.warmup)
     else:
@@ -200,9 +264,26 @@ def profile_ours(args, checkpoint, data, acp, folder):
 
 def profile_official(args, acp, folder):
     """The official program in dev/bench_official.py, which makes the same start for itself."""
-    command = [sys.executable, official.ROOT / "dev" / "bench_official.py", "--official", args.official, "--model",
-               args.model, "-T", args.context, "--batch-tokens", args.batch_tokens, "--micro-batch", args.micro_batch,
-               "--acp", acp, "--steps", args.steps, "--warmup", args.warmup]
+    command = [
+        sys.executable,
+        official.ROOT / "dev" / "bench_official.py",
+        "--official",
+        args.official,
+        "--model",
+        args.model,
+        "-T",
+        args.context,
+        "--batch-tokens",
+        args.batch_tokens,
+        "--micro-batch",
+        args.micro_batch,
+        "--acp",
+        acp,
+        "--steps",
+        args.steps,
+        "--warmup",
+        args.warmup,
+    ]
     return summarize(trace(command, "FusedAdam", args.warmup, folder))
 
 
@@ -226,7 +307,7 @@ def main():
     parser.add_argument("--ncu", action="store_true", help="Nsight Compute instead of CUPTI")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args(arguments[:cut])
-    args.extra = arguments[cut + 1:]  # with --trace the program, without it more options of train_fox
+    args.extra = arguments[cut + 1 :]  # with --trace the program, without it more options of train_fox
     if bool(args.init) != bool(args.data):
         parser.error("--init and --data belong together")
     result = dict(machine.facts(), model=args.model, context=args.context, batch_tokens=args.batch_tokens, profiles={})

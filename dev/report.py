@@ -13,6 +13,7 @@ The file is named after the GPU (gpu_h100.json; cpu.json without one). It says w
     speed          dev/bench_official.py
 as far as these parts ran.
 """
+
 import argparse
 import json
 import pathlib
@@ -21,8 +22,10 @@ import re
 import machine
 
 # A line of bench_attention.
-ATTENTION = re.compile(r"D +(?P<D>\d+) +T +(?P<T>\d+) x (?P<B>\d+) +(?P<acp>\w+) +kept +(?P<kept>[\d.]+)% +"
-                       r"forward +(?P<forward_ms>[\d.]+) +backward +(?P<backward_ms>[\d.]+)")
+ATTENTION = re.compile(
+    r"D +(?P<D>\d+) +T +(?P<T>\d+) x (?P<B>\d+) +(?P<acp>\w+) +kept +(?P<kept>[\d.]+)% +"
+    r"forward +(?P<forward_ms>[\d.]+) +backward +(?P<backward_ms>[\d.]+)"
+)
 
 
 def attention_rows(log):
@@ -30,8 +33,12 @@ def attention_rows(log):
     rows = []
     for match in filter(None, map(ATTENTION.search, log.read_text().splitlines())):
         row = {key: int(match[key]) for key in ("D", "T", "B")}
-        row.update(acp=match["acp"], kept=round(float(match["kept"]) / 100, 4),
-                   forward_ms=float(match["forward_ms"]), backward_ms=float(match["backward_ms"]))
+        row.update(
+            acp=match["acp"],
+            kept=round(float(match["kept"]) / 100, 4),
+            forward_ms=float(match["forward_ms"]),
+            backward_ms=float(match["backward_ms"]),
+        )
         rows.append(row)
     return rows
 

@@ -17,6 +17,7 @@ too, after ours, in one process a model; --profile-official also finds its atten
 --out PREFIX writes PREFIX.json, PREFIX.txt, PREFIX.png. --merge FILE... takes over earlier results, so that a table can be made in
 several calls; rows of the same program, model, context, pruning and weights are replaced.
 """
+
 import argparse
 import json
 import pathlib
@@ -26,9 +27,8 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-
 import machine
+import numpy as np
 import official
 import profile_step
 
@@ -80,21 +80,50 @@ def time_ours(args, folder, model, T, acp):
     row = dict(program="ours", model=model, context=T, acp=acp, batch_tokens=tokens)
     out = folder / "run"
     try:
-        records = official.run_ours(args.train_fox, folder / "checkpoint", folder / "random_train.bin", out, "-T", T, "-b", sequences,
-                                    "-d", tokens, "-x", args.warmup + args.steps, "-l", RATE, "--acp", acp, "-v", 0, "--pruning-every", 0,
-                                    *options_of(args))
+        records = official.run_ours(
+            args.train_fox,
+            folder / "checkpoint",
+            folder / "random_train.bin",
+            out,
+            "-T",
+            T,
+            "-b",
+            sequences,
+            "-d",
+            tokens,
+            "-x",
+            args.warmup + args.steps,
+            "-l",
+            RATE,
+            "--acp",
+            acp,
+            "-v",
+            0,
+            "--pruning-every",
+            0,
+            *options_of(args),
+        )
     except SystemExit as error:
         if "GiB of GPU memory" not in str(error) and "out of memory" not in str(error):
             raise
         return dict(row, out_of_memory=True)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    steps = [r for r in records if r["kind"] == "step"][args.warmup:]
+    steps = [r for r in records if r["kind"] == "step"][args.warmup :]
     ms = statistics.median(s["step_ms"] for s in steps)
-    return dict(row, tokens_per_s=1e3 * tokens / ms, step_ms=ms, fastest_ms=min(s["step_ms"] for s in steps),
-                slowest_ms=max(s["step_ms"] for s in steps), steps=len(steps), saved=steps[-1]["pruned"],
-                memory_bytes=steps[-1]["gpu_mem_bytes"], mfu=steps[-1]["mfu"], loss=steps[-1]["loss"],
-                device=official.device_of(records))
+    return dict(
+        row,
+        tokens_per_s=1e3 * tokens / ms,
+        step_ms=ms,
+        fastest_ms=min(s["step_ms"] for s in steps),
+        slowest_ms=max(s["step_ms"] for s in steps),
+        steps=len(steps),
+        saved=steps[-1]["pruned"],
+        memory_bytes=steps[-1]["gpu_mem_bytes"],
+        mfu=steps[-1]["mfu"],
+        loss=steps[-1]["loss"],
+        device=official.device_of(records),
+    )
 
 
 def share_of(profile):
@@ -106,8 +135,16 @@ def share_of(profile):
 
 def profile_ours(args, folder, T, acp):
     tokens, sequences = batch_of(args, T)
-    wanted = argparse.Namespace(train_fox=args.train_fox, context=T, micro_batch=sequences, batch_tokens=tokens, warmup=2, steps=4,
-                                ncu=False, extra=options_of(args))
+    wanted = argparse.Namespace(
+        train_fox=args.train_fox,
+        context=T,
+        micro_batch=sequences,
+        batch_tokens=tokens,
+        warmup=2,
+        steps=4,
+        ncu=False,
+        extra=options_of(args),
+    )
     return share_of(profile_step.profile_ours(wanted, folder / "checkpoint", folder / "random_train.bin", acp, folder))
 
 
@@ -115,9 +152,27 @@ def profile_ours(args, folder, T, acp):
 
 
 def official_command(args, folder, model, contexts, tokens, acp, steps, warmup):
-    return [sys.executable, official.ROOT / "dev" / "bench_official.py", "--official", args.official, "--model", model, "--start", folder,
-            "-T", *contexts, "--acp", *acp, "--batch-tokens", tokens, "--steps", steps, "--warmup", warmup,
-            *(["--recompute"] if args.recompute == 2 else [])]
+    return [
+        sys.executable,
+        official.ROOT / "dev" / "bench_official.py",
+        "--official",
+        args.official,
+        "--model",
+        model,
+        "--start",
+        folder,
+        "-T",
+        *contexts,
+        "--acp",
+        *acp,
+        "--batch-tokens",
+        tokens,
+        "--steps",
+        steps,
+        "--warmup",
+        warmup,
+        *(["--recompute"] if args.recompute == 2 else []),
+    ]
 
 
 def time_official(args, folder, model):
@@ -126,15 +181,30 @@ def time_official(args, folder, model):
     for tokens in sorted({batch_of(args, T)[0] for T in args.context}):
         contexts = [T for T in args.context if batch_of(args, T)[0] == tokens]
         out = folder / "official.json"
-        command = official_command(args, folder, model, contexts, tokens, modes,
-                                   args.official_steps, args.official_warmup)
-        done = subprocess.run(list(map(str, [*command, "--out", out])),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = official_command(args, folder, model, contexts, tokens, modes, args.official_steps, args.official_warmup)
+        done = subprocess.run(list(map(str, [*command, "--out", out])), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
             raise SystemExit(f"the official program ended with {done.returncode}:\n{done.stdout[-2000:]}")
         for run in json.loads(out.read_text())["runs"]:
-            row = {key: run[key] for key in ("program", "model", "context", "acp", "tokens_per_s", "step_ms", "fastest_ms", "slowest_ms",
-                                             "steps", "memory_bytes", "loss", "out_of_memory", "gates") if key in run}
+            row = {
+                key: run[key]
+                for key in (
+                    "program",
+                    "model",
+                    "context",
+                    "acp",
+                    "tokens_per_s",
+                    "step_ms",
+                    "fastest_ms",
+                    "slowest_ms",
+                    "steps",
+                    "memory_bytes",
+                    "loss",
+                    "out_of_memory",
+                    "gates",
+                )
+                if key in run
+            }
             yield dict(row, batch_tokens=tokens)
 
 
@@ -153,8 +223,7 @@ def measure(args, result, save):
 
     def add(row, weights):
         row["weights"] = weights
-        result["rows"] = [r for r in result["rows"] if any(
-            r[k] != row[k] for k in KEY)] + [dict(row, **machine.facts())]
+        result["rows"] = [r for r in result["rows"] if any(r[k] != row[k] for k in KEY)] + [dict(row, **machine.facts())]
         save()
         speed = "out of memory" if row.get("out_of_memory") else f"{row['tokens_per_s']:,.0f} tokens/s"
         share = f", attention {100 * row['attention_share']:.1f}% of the step" if "attention_share" in row else ""
@@ -207,29 +276,29 @@ def table(result):
         mine = [r for r in rows if r["weights"] == weights]
         what = "gates spread as in a trained model (dev/impose_gates.py)" if weights == "gates" else weights
         about = mine[-1]
-        lines += [f"Weights: {what}. {about['device'] or 'CPU'}, {about['date']}, commit {about['commit']}", "",
-                  " " * 34 + "".join(f"{name:>{w}}" for name, w in width.items()) + "   ours/official",
-                  f"{'model':22}{'context':>8}    " + f"{'off':>9}{'paper':>9}{'tight':>9}" + f"{'paper':>7}{'tight':>6}"
-                  + f"{'off':>8}{'paper':>6}{'tight':>6}" + f"{'paper':>7}{'tight':>6}" + f"{'off':>6}" + f"{'off':>10}{'paper':>6}"]
+        lines += [
+            f"Weights: {what}. {about['device'] or 'CPU'}, {about['date']}, commit {about['commit']}",
+            "",
+            " " * 34 + "".join(f"{name:>{w}}" for name, w in width.items()) + "   ours/official",
+            f"{'model':22}{'context':>8}    "
+            + f"{'off':>9}{'paper':>9}{'tight':>9}"
+            + f"{'paper':>7}{'tight':>6}"
+            + f"{'off':>8}{'paper':>6}{'tight':>6}"
+            + f"{'paper':>7}{'tight':>6}"
+            + f"{'off':>6}"
+            + f"{'off':>10}{'paper':>6}",
+        ]
         for model in dict.fromkeys(r["model"] for r in mine):
             for T in sorted({r["context"] for r in mine if r["model"] == model}):
                 for program in ("ours", "official"):
-                    cells = {acp: find(mine, model=model, context=T, program=program, acp=acp)
-                                       for acp in ("off", "paper", "tight")}
+                    cells = {acp: find(mine, model=model, context=T, program=program, acp=acp) for acp in ("off", "paper", "tight")}
                     if any(cells.values()):
-                        lines.append(
-    table_line(
-        model,
-        T,
-        program,
-        cells,
-        find_ratios(
-            mine,
-            model,
-             T) if program == "ours" else {}))
+                        lines.append(table_line(model, T, program, cells, find_ratios(mine, model, T) if program == "ours" else {}))
         lines.append("")
-    lines += ["tokens/s of whole steps; speed-up over off; attention: share of the step's GPU time; saved: part of the blocks of causal",
-              "attention that is skipped; GB of GPU memory. `memory`: it did not fit."]
+    lines += [
+        "tokens/s of whole steps; speed-up over off; attention: share of the step's GPU time; saved: part of the blocks of causal",
+        "attention that is skipped; GB of GPU memory. `memory`: it did not fit.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -257,32 +326,47 @@ def table_line(model, T, program, cells, ratios):
     memory = cells["off"] or cells["paper"] or cells["tight"]
     gigabytes = f"{memory['memory_bytes'] / 1e9:.1f}" if memory.get("memory_bytes") else "-"
     name = model if program == "ours" else "  official PyTorch"
-    return (f"{name:22}{T:8,}    " + "".join(f"{number(cells[acp], 'tokens_per_s', '{:,.0f}'):>9}" for acp in ("off", "paper", "tight"))
-            + f"{gain('paper'):>7}{gain('tight'):>6}" + f"{percent('off', 'attention_share'):>8}"
-            + "".join(f"{percent(acp, 'attention_share'):>6}" for acp in ("paper", "tight"))
-            + f"{percent('paper', 'saved'):>7}{percent('tight', 'saved'):>6}" + f"{gigabytes:>6}"
-            + "".join(f"{ratios[acp]:>{w}.2f}" if acp in ratios else "-".rjust(w) for acp, w in (("off", 10), ("paper", 6)))).rstrip()
+    return (
+        f"{name:22}{T:8,}    "
+        + "".join(f"{number(cells[acp], 'tokens_per_s', '{:,.0f}'):>9}" for acp in ("off", "paper", "tight"))
+        + f"{gain('paper'):>7}{gain('tight'):>6}"
+        + f"{percent('off', 'attention_share'):>8}"
+        + "".join(f"{percent(acp, 'attention_share'):>6}" for acp in ("paper", "tight"))
+        + f"{percent('paper', 'saved'):>7}{percent('tight', 'saved'):>6}"
+        + f"{gigabytes:>6}"
+        + "".join(f"{ratios[acp]:>{w}.2f}" if acp in ratios else "-".rjust(w) for acp, w in (("off", 10), ("paper", 6)))
+    ).rstrip()
 
 
 def draw(result):
     """Bars of tokens/s: a panel for each model, a group for each context."""
     sys.path.insert(0, str(official.ROOT / "scripts"))
     import figures
+
     pyplot = figures.pyplot()
     rows = [r for r in result["rows"] if r.get("tokens_per_s")]
     models = list(dict.fromkeys((r["model"], r["weights"]) for r in rows))
-    kinds = [("official", "off", "#bbbbbb", "official"), ("official", "paper", "#777777", "official, ACP"),
-             ("ours", "off", "#a6cee3", "ours, off"), ("ours", "paper", "#1f78b4", "ours, paper"), ("ours", "tight", "#33a02c", "ours, tight")]
+    kinds = [
+        ("official", "off", "#bbbbbb", "official"),
+        ("official", "paper", "#777777", "official, ACP"),
+        ("ours", "off", "#a6cee3", "ours, off"),
+        ("ours", "paper", "#1f78b4", "ours, paper"),
+        ("ours", "tight", "#33a02c", "ours, tight"),
+    ]
     figure, axes = pyplot.subplots(1, len(models), figsize=(2 + 3 * len(models), 3.4), squeeze=False)
     for axis, (model, weights) in zip(axes[0], models):
         mine = [r for r in rows if (r["model"], r["weights"]) == (model, weights)]
         contexts = sorted({r["context"] for r in mine})
         present = [k for k in kinds if any((r["program"], r["acp"]) == k[:2] for r in mine)]
         for i, (program, acp, color, label) in enumerate(present):
-            at = [(x, r) for x, T in enumerate(contexts)
-                   for r in [find(mine, program=program, acp=acp, context=T)] if r]
-            axis.bar([x + (i - (len(present) - 1) / 2) * 0.8 / len(present) for x, _ in at], [r["tokens_per_s"] for _, r in at],
-                     0.8 / len(present), color=color, label=label)
+            at = [(x, r) for x, T in enumerate(contexts) for r in [find(mine, program=program, acp=acp, context=T)] if r]
+            axis.bar(
+                [x + (i - (len(present) - 1) / 2) * 0.8 / len(present) for x, _ in at],
+                [r["tokens_per_s"] for _, r in at],
+                0.8 / len(present),
+                color=color,
+                label=label,
+            )
         axis.set_xticks(range(len(contexts)), [f"{T // 1024}k" if T % 1024 == 0 else str(T) for T in contexts])
         axis.set_xlabel("context")
         axis.set_title(f"{model}, {'gate spread' if weights == 'gates' else 'trained'}", fontsize=9)
@@ -297,8 +381,7 @@ def main():
     parser.add_argument("-T", "--context", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--acp", nargs="+", default=["off", "paper", "tight"], choices=("off", "paper", "tight"))
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens in a step")
-    parser.add_argument("--recompute", type=int, default=0, choices=(0, 1, 2),
-                        help="-r of train_fox; 2: of the official program too")
+    parser.add_argument("--recompute", type=int, default=0, choices=(0, 1, 2), help="-r of train_fox; 2: of the official program too")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of ours")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--official", metavar="DIR", help="clone of the official repository, to be timed too")
@@ -308,8 +391,7 @@ def main():
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="DIR", help="trained weights")
     parser.add_argument("--data", help="shards for --checkpoint")
     parser.add_argument("--no-profile", action="store_true", help="no shares of attention")
-    parser.add_argument("--profile-official", action="store_true",
-                        help="shares of the official program's attention too")
+    parser.add_argument("--profile-official", action="store_true", help="shares of the official program's attention too")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="where ours computes")
     parser.add_argument("--train-fox", default=str(official.ROOT / "train_fox"), metavar="PROGRAM")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="earlier results")
@@ -320,8 +402,10 @@ def main():
     if args.checkpoint and (len(args.models) != 1 or not (args.checkpoint / "config.json").is_file()):
         raise SystemExit(f"{args.checkpoint}: expected the folder of one checkpoint, and one name for it with --models")
     if args.official and not (pathlib.Path(args.official) / "src" / "forgetting_transformer").is_dir():
-        raise SystemExit(f"--official {args.official}: no src/forgetting_transformer there; expected a clone of "
-                         "github.com/zhixuan-lin/forgetting-transformer")
+        raise SystemExit(
+            f"--official {args.official}: no src/forgetting_transformer there; expected a clone of "
+            "github.com/zhixuan-lin/forgetting-transformer"
+        )
     if args.models and not pathlib.Path(args.train_fox).is_file():
         raise SystemExit(f"{args.train_fox}: not there; run make first")
     result, out = dict(rows=[]), pathlib.Path(args.out)

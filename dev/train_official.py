@@ -14,6 +14,7 @@ norms are read every few steps only, so that the GPU never waits for them.
 `validation`. step_ms is GPU time and leaves validations out. --seconds ends the run early, with what there is.
 --dry prints the plan and makes no model.
 """
+
 import argparse
 import json
 import pathlib
@@ -23,7 +24,6 @@ import tempfile
 import time
 
 import numpy as np
-
 import official
 
 FLUSH_STEPS = 20  # steps between two looks at the GPU's numbers
@@ -36,8 +36,9 @@ class Plan:
         with tempfile.TemporaryDirectory(prefix="fox_plan_") as folder:
             program = pathlib.Path(folder, "plan")
             sources = ("dev/plan.c", "train/options.c", "train/config.c", "train/files.c", "train/json.c")
-            subprocess.run(["cc", "-O2", "-std=gnu11", "-w", "-pthread", "-o", program,
-                            *(official.ROOT / s for s in sources), "-lm"], check=True)
+            subprocess.run(
+                ["cc", "-O2", "-std=gnu11", "-w", "-pthread", "-o", program, *(official.ROOT / s for s in sources), "-lm"], check=True
+            )
             done = subprocess.run([program, *options], stdout=subprocess.PIPE, text=True)
             if done.returncode != 0:
                 raise SystemExit(done.returncode)
@@ -50,7 +51,7 @@ class Plan:
 
     def _read(self, shards, windows):
         """[windows, T + 1] tokens."""
-        return np.stack([shards[s][first:first + self.context + 1] for s, first in windows]).astype(np.int64)
+        return np.stack([shards[s][first : first + self.context + 1] for s, first in windows]).astype(np.int64)
 
     def windows_of_step(self, step):
         """Tokens of step 0, 1, ...: [sequences, T + 1]."""
@@ -59,7 +60,7 @@ class Plan:
     def validation(self):
         """The same for every validation, a micro-batch at a time."""
         for i in range(0, len(self._validation), self.micro_batch):
-            yield self._read(self._val, self._validation[i:i + self.micro_batch])
+            yield self._read(self._val, self._validation[i : i + self.micro_batch])
 
     def parameter_groups(self, named):
         """AdamW's groups of (name, tensor) pairs."""
@@ -78,8 +79,9 @@ class Training:
         torch = code.torch
         self.code, self.torch, self.plan, self.out = code, torch, plan, out
         self.model = code.load(init, acp)
-        self.optimizer = torch.optim.AdamW(plan.parameter_groups(self.model.named_parameters()), lr=0.0,
-                                           betas=(0.9, 0.95), eps=1e-8, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            plan.parameter_groups(self.model.named_parameters()), lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
+        )
         self.waiting = []  # of each step since the last flush: (number, rate, loss, norm, start and end events)
         settings = dict(code.versions(), options=plan.settings, device="cuda", acp="paper" if acp else "off")
         self.record(kind="run", step=0, settings=settings)
@@ -91,7 +93,7 @@ class Training:
     def micro_batches(self, windows):
         tokens = self.torch.from_numpy(windows).pin_memory().cuda(non_blocking=True)
         for i in range(0, len(windows), self.plan.micro_batch):
-            part = tokens[i:i + self.plan.micro_batch]
+            part = tokens[i : i + self.plan.micro_batch]
             yield part[:, :-1].contiguous(), part[:, 1:].contiguous()
 
     def loss(self, x, y):
@@ -123,8 +125,16 @@ class Training:
         batch_tokens = self.plan.settings["batch_tokens"]
         for number, rate, loss, norm, start, end in self.waiting:
             ms = start.elapsed_time(end)
-            self.record(kind="step", step=number, tokens=number * batch_tokens, loss=loss.item(), lr=rate,
-                        grad_norm=norm.item(), step_ms=ms, tokens_per_s=1e3 * batch_tokens / ms)
+            self.record(
+                kind="step",
+                step=number,
+                tokens=number * batch_tokens,
+                loss=loss.item(),
+                lr=rate,
+                grad_norm=norm.item(),
+                step_ms=ms,
+                tokens_per_s=1e3 * batch_tokens / ms,
+            )
         last = self.waiting[-1][2].item() if self.waiting else None
         self.waiting.clear()
         return last
@@ -173,11 +183,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after the step in which they are over")
     parser.add_argument("--dry", action="store_true", help="print the plan only")
     args = parser.parse_args(arguments[:cut])
-    plan = Plan(arguments[cut + 1:])
+    plan = Plan(arguments[cut + 1 :])
     if args.dry:
         print(json.dumps(plan.settings))
-        print(f"{len(plan.steps)} steps, {len(plan.decay)} tensors that decay, vocabulary {plan.vocab_size}; "
-              f"first step: {plan.windows_of_step(0)[:, :6].tolist()} ...")
+        print(
+            f"{len(plan.steps)} steps, {len(plan.decay)} tensors that decay, vocabulary {plan.vocab_size}; "
+            f"first step: {plan.windows_of_step(0)[:, :6].tolist()} ..."
+        )
         return 0
     if not (args.official and args.init and args.out):
         parser.error("--official, --init and --out are needed")

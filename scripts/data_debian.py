@@ -12,6 +12,7 @@ Lines of HTML that many pages of a package share (menus, footers) are left out. 
 document's name begins with the hash of its text, so make_shards, which goes by name, mixes the packages; the same
 packages give the same files. Packages that this release does not have are named and left out.
 """
+
 import argparse
 import collections
 import gzip
@@ -32,16 +33,40 @@ dict-gcide dict-wn dict-foldoc dict-jargon gimp-help-en vim-runtime cmake-doc no
 libboost1.81-doc libboost1.83-doc ghc-doc libstdc++-12-doc llvm-14-doc lilypond-doc-html gap-doc maxima-doc harden-doc
 debian-edu-doc-en shorewall-doc installation-guide-amd64 bash-doc zsh-doc racket-doc sphinx-doc""".split()
 PLAIN = (".rst", ".txt", ".md", ".pod")
-PART_BYTES = 65536      # dictionaries are cut into documents of this size
+PART_BYTES = 65536  # dictionaries are cut into documents of this size
 SMALLEST, LARGEST = 500, 1000000  # bytes of a document
-COMMON = 8              # a line of HTML in more pages of a package than this is furniture
+COMMON = 8  # a line of HTML in more pages of a package than this is furniture
 
 
 class PageText(html.parser.HTMLParser):
     """The text of an HTML page: a line for each block, <pre> as it stands, no scripts, menus or heads."""
+
     SKIPPED = {"script", "style", "nav", "head", "header", "footer", "button", "select", "svg"}
-    BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "section", "article", "blockquote", "pre",
-              "br", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "body"}
+    BLOCKS = {
+        "p",
+        "div",
+        "li",
+        "ul",
+        "ol",
+        "dl",
+        "dt",
+        "dd",
+        "table",
+        "tr",
+        "section",
+        "article",
+        "blockquote",
+        "pre",
+        "br",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "hr",
+        "body",
+    }
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -174,8 +199,7 @@ def choose(documents, limit):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=pathlib.Path, required=True, help="folder for the documents")
-    parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("debian_packages"),
-                        help="where packages are unpacked and stay")
+    parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("debian_packages"), help="where packages are unpacked and stay")
     parser.add_argument("--prose-bytes", type=float, default=74e6, help="bytes of documentation")
     parser.add_argument("--code-bytes", type=float, default=42e6, help="bytes of C")
     parser.add_argument("--package-bytes", type=float, default=0, help="most from one package; 0: a tenth of the prose")
@@ -201,9 +225,11 @@ def main():
     for name, text in chosen.items():
         (args.out / f"{name[:20]}.txt").write_text(text)
     size = sum(map(len, chosen.values()))
-    print(f"{args.out}: {len(chosen)} documents, {size / 1e6:.1f} MB; of "
-          f"{sum(map(len, prose.values())) / 1e6:.0f} MB of documentation and {sum(map(len, code)) / 1e6:.0f} MB of code"
-          + (f"; not in this release: {' '.join(missing)}" if missing else ""))
+    print(
+        f"{args.out}: {len(chosen)} documents, {size / 1e6:.1f} MB; of "
+        f"{sum(map(len, prose.values())) / 1e6:.0f} MB of documentation and {sum(map(len, code)) / 1e6:.0f} MB of code"
+        + (f"; not in this release: {' '.join(missing)}" if missing else "")
+    )
 
 
 if __name__ == "__main__":

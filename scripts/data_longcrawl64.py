@@ -20,6 +20,7 @@ it, so that all T tokens are predicted: it is stored as 50256 and its T tokens, 
 --val-tokens are taken from heldout.zarr in the same order, all of the first --val-tokens / 65536 rows. Shards have names
 longcrawl64_{train,val}_NNNNNN.bin; those that are whole already are kept, so a conversion that was stopped goes on.
 """
+
 import argparse
 import json
 import pathlib
@@ -49,8 +50,7 @@ class Rows:
             if facts.get(key) != value:
                 raise SystemExit(f"{about}: expected {key} {value}, found {facts.get(key)}")
         if len(facts["shape"]) != 2 or facts["shape"][1] != ROW or facts.get("dimension_separator", ".") != ".":
-            raise SystemExit(
-                f"{about}: expected rows of {ROW} tokens in chunks named r.c, found shape {facts['shape']}")
+            raise SystemExit(f"{about}: expected rows of {ROW} tokens in chunks named r.c, found shape {facts['shape']}")
         self.count = facts["shape"][0]
         self._array = self._place = self._block = None
 
@@ -70,16 +70,18 @@ class Rows:
                 raise SystemExit(f"{chunk}: this chunk is missing; --list names those that are needed")
         try:
             import zarr
+
             if self._array is None:
                 self._array = zarr.open_array(str(self.path), mode="r")
-            block = np.asarray(self._array[first:min(first + CHUNK, self.count), start:end])
+            block = np.asarray(self._array[first : min(first + CHUNK, self.count), start:end])
         except ImportError:
             raise SystemExit("the Python package zarr is missing: pip install -r scripts/requirements.txt")
         except Exception as error:  # whatever the decoder finds wrong
             raise SystemExit(f"{self.path}: rows from {first}, tokens {start} to {end}: cannot be read: {error}")
         if block.size and block.max() >= VOCAB_SIZE:
-            raise SystemExit(f"{self.path}: rows from {first}, tokens {start} to {end}: a token is {block.max()}, expected "
-                             f"tokens below {VOCAB_SIZE}")
+            raise SystemExit(
+                f"{self.path}: rows from {first}, tokens {start} to {end}: a token is {block.max()}, expected tokens below {VOCAB_SIZE}"
+            )
         self._place, self._block = (first, start, end), block
         return block
 
@@ -111,7 +113,7 @@ class Split:
         for row, count, column in self.runs(begin, end):
             block = self.array.block(row, column * self.T, (column + 1) * self.T)
             part = np.full((count, self.T + 1), BEGIN, dtype="<u2")
-            part[:, 1:] = block[row % CHUNK:row % CHUNK + count]
+            part[:, 1:] = block[row % CHUNK : row % CHUNK + count]
             parts.append(part)
         return np.concatenate(parts)
 
@@ -155,8 +157,7 @@ def open_train(args):
     rows = array.count - array.count % args.batch_rows
     windows = min(int(args.tokens) // args.context, rows * (ROW // args.context))
     if windows == 0:
-        raise SystemExit(
-            f"--tokens {args.tokens:g}: not one window of {args.context} tokens in batches of {args.batch_rows} rows")
+        raise SystemExit(f"--tokens {args.tokens:g}: not one window of {args.context} tokens in batches of {args.batch_rows} rows")
     return Split(array, args.context, rows, windows)
 
 

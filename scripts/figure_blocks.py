@@ -8,8 +8,8 @@
 --eval records the ranges that the run used, of the first window of the validation. To a gates file the paper's test is applied
 with a bound of the logits (--bound) that the file does not hold.
 """
-import figures
 
+import figures
 import numpy as np
 
 
@@ -21,8 +21,7 @@ def load(source, layer, head, bound=8.0):
         return figures.first_blocks(c[layer, head], bound), figures.GATES_BLOCK, c.shape[2], "paper's test"
     record = figures.of_kind(source, "ranges")[-1]
     check((len(record["first"]), len(record["first"][0])), layer, head)
-    return np.array(record["first"][layer][head]
-                    ), record["block"], record["context"], f"--acp {figures.options_of(source)['acp']}"
+    return (np.array(record["first"][layer][head]), record["block"], record["context"], f"--acp {figures.options_of(source)['acp']}")
 
 
 def check(shape, layer, head):
@@ -39,17 +38,10 @@ def draw(source, layer=0, head=0, bound=8.0):
     edges = np.minimum(np.arange(n + 1) * block, T)
     figure, axis = pyplot.subplots(figsize=(5, 4.8))
     from matplotlib.colors import ListedColormap
+
     axis.pcolormesh(edges, edges, state, cmap=ListedColormap(["white", "#e4e4e4", "#4c78a8"]), vmin=0, vmax=2)
-    axis.stairs(edges[1:], edges, orientation="horizontal", baseline=None,
-                color="black", linewidth=1, label="causal edge")
-    axis.stairs(
-    edges[first],
-    edges,
-    orientation="horizontal",
-    baseline=None,
-    color="tab:red",
-    linewidth=1.2,
-     label="pruned edge")
+    axis.stairs(edges[1:], edges, orientation="horizontal", baseline=None, color="black", linewidth=1, label="causal edge")
+    axis.stairs(edges[first], edges, orientation="horizontal", baseline=None, color="tab:red", linewidth=1.2, label="pruned edge")
     axis.set_xlim(0, T)
     axis.set_ylim(T, 0)
     axis.set_aspect("equal")
@@ -57,8 +49,10 @@ def draw(source, layer=0, head=0, bound=8.0):
     axis.set_xlabel("key")
     axis.set_ylabel("query")
     axis.legend(loc="upper right")
-    axis.set_title(f"layer {layer}, head {head}: {100 * (1 - figures.skipped_fraction(first)):.1f}% of the blocks of {block} are "
-                   f"computed, {what}", fontsize=8)
+    axis.set_title(
+        f"layer {layer}, head {head}: {100 * (1 - figures.skipped_fraction(first)):.1f}% of the blocks of {block} are computed, {what}",
+        fontsize=8,
+    )
     return figure
 
 
@@ -67,8 +61,9 @@ def main():
     parser.add_argument("source", help="eval.jsonl, or gates file (.safetensors)")
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--head", type=int, default=0)
-    parser.add_argument("--bound", type=float, default=8.0,
-                        help="with a gates file: bound of the logits; 8 is QK-norm with weights of 1 and heads of 64")
+    parser.add_argument(
+        "--bound", type=float, default=8.0, help="with a gates file: bound of the logits; 8 is QK-norm with weights of 1 and heads of 64"
+    )
     args = parser.parse_args()
     figures.save(draw(args.source, args.layer, args.head, args.bound), args.out)
 

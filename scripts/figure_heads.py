@@ -8,6 +8,7 @@
 The last of these is a gates file: cumulative gates of a trained model, to which the paper's test is applied with a bound of the
 logits (--bound) that the file does not hold.
 """
+
 import figures
 
 
@@ -19,8 +20,15 @@ def draw(source, bound=8.0, step=None):
     image = axis.imshow(kept, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for layer in range(kept.shape[0]):
         for head in range(kept.shape[1]):
-            axis.text(head, layer, f"{kept[layer, head]:.0f}", ha="center", va="center", fontsize=7,
-                      color="black" if kept[layer, head] > 60 else "white")
+            axis.text(
+                head,
+                layer,
+                f"{kept[layer, head]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if kept[layer, head] > 60 else "white",
+            )
     axis.grid(False)
     axis.set_xticks(range(kept.shape[1]))
     axis.set_yticks(range(kept.shape[0]))

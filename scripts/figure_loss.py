@@ -7,8 +7,8 @@
 Above: training loss, means of --mean steps (by default a hundredth of the run), and validations as points. Below: tokens/s, of
 the median of as many steps. Several runs are laid over one another; NAME=RUN names one.
 """
-import figures
 
+import figures
 import numpy as np
 
 
@@ -25,12 +25,18 @@ def draw(runs, mean=0):
         count = mean or max(1, len(steps) // 100)
         tokens = figures.means([s["tokens"] for s in steps], count) / 1e6
         losses = figures.means([s["loss"] for s in steps], count)
-        speeds = [np.median([s["tokens_per_s"] for s in steps[i * count:(i + 1) * count]]) for i in range(len(tokens))]
-        line, = top.plot(tokens, losses, linewidth=1.2, label=name)
+        speeds = [np.median([s["tokens_per_s"] for s in steps[i * count : (i + 1) * count]]) for i in range(len(tokens))]
+        (line,) = top.plot(tokens, losses, linewidth=1.2, label=name)
         checks = [r for r in figures.records(run) if r["kind"] == "validation" and r["loss"] is not None]
         if checks:
-            top.plot([r["tokens"] / 1e6 for r in checks], [r["loss"] for r in checks], "o", markersize=4, color=line.get_color(),
-                     label=f"{name}, validation")
+            top.plot(
+                [r["tokens"] / 1e6 for r in checks],
+                [r["loss"] for r in checks],
+                "o",
+                markersize=4,
+                color=line.get_color(),
+                label=f"{name}, validation",
+            )
         bottom.plot(tokens, speeds, linewidth=1.2, color=line.get_color())
         highest = max(highest, losses[min(len(losses) // 20, len(losses) - 1)])
     top.set_ylim(top=highest)  # the first steps fall from ln V and would flatten the rest

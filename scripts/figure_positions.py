@@ -8,8 +8,8 @@
 Of each run its last validation (--step: of that step). A curve that still falls uses what lies that far back. Vertical lines are
 the horizons T, T/2, T/4, ... of the longest window, and with --trained the context of training: beyond it a model extrapolates.
 """
-import figures
 
+import figures
 import numpy as np
 
 HORIZONS = 5
@@ -30,9 +30,18 @@ def draw(runs, step=None, trained=0):
         axis.plot(middle, losses, marker=".", markersize=4, linewidth=1.2, label=f"{name}: {record['loss']:.3f} in all")
         longest = max(longest, int(edges[-1]))
     for i in range(HORIZONS):
-        axis.axvline(longest / 2 ** i, color="gray", linestyle=":", linewidth=1)
-        axis.annotate("T" if i == 0 else f"T/{2 ** i}", (longest / 2 ** i, 1), xycoords=("data", "axes fraction"), xytext=(-2, -3),
-                      textcoords="offset points", ha="right", va="top", fontsize=8, color="gray")
+        axis.axvline(longest / 2**i, color="gray", linestyle=":", linewidth=1)
+        axis.annotate(
+            "T" if i == 0 else f"T/{2**i}",
+            (longest / 2**i, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-2, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color="gray",
+        )
     if trained:
         axis.axvline(trained, color="black", linestyle="--", linewidth=1, label=f"trained with T = {trained:,}")
     axis.set_xscale("log", base=2)
@@ -47,8 +56,7 @@ def main():
     parser = figures.parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--step", type=int, help="the validation of this step; otherwise the last one")
-    parser.add_argument("--trained", type=int, default=0, metavar="T",
-                        help="context of training, where it was another one")
+    parser.add_argument("--trained", type=int, default=0, metavar="T", help="context of training, where it was another one")
     args = parser.parse_args()
     figures.save(draw(args.runs, args.step, args.trained), args.out)
 

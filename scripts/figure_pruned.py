@@ -5,8 +5,8 @@
 
 From the reports of pruning in metrics.jsonl (--pruning-every of train_fox), each over the steps since the one before.
 """
-import figures
 
+import figures
 import numpy as np
 
 

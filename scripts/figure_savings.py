@@ -6,8 +6,8 @@
 Left: number of heads by the fraction of blocks that they skip, in steps of 5%. Right: all heads from the one that skips most to
 the one that skips least, and the mean, which is what attention saves in all.
 """
-import figures
 
+import figures
 import numpy as np
 
 

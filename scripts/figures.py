@@ -2,6 +2,7 @@
 
 A run is its folder (-o of train_fox) or a file of records in it: metrics.jsonl, or eval.jsonl of --eval.
 """
+
 import argparse
 import json
 import pathlib
@@ -60,7 +61,7 @@ def means(values, count):
     """Means of `count` values each; a last group that is not full is left out, unless it is the only one."""
     values = np.asarray(values, dtype=float)
     count = max(1, min(count, len(values)))
-    return values[:len(values) // count * count].reshape(-1, count).mean(1)
+    return values[: len(values) // count * count].reshape(-1, count).mean(1)
 
 
 # ---- gates
@@ -71,9 +72,9 @@ def read_gates(path):
     try:
         data = pathlib.Path(path).read_bytes()
         length = int.from_bytes(data[:8], "little")
-        entry = json.loads(data[8:8 + length])["c"]
+        entry = json.loads(data[8 : 8 + length])["c"]
         begin, end = entry["data_offsets"]
-        return np.frombuffer(data[8 + length + begin:8 + length + end], dtype="<f4").reshape(entry["shape"])
+        return np.frombuffer(data[8 + length + begin : 8 + length + end], dtype="<f4").reshape(entry["shape"])
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{path}: no safetensors file with a float32 tensor c [layer, head, position]: {error}")
 
@@ -103,8 +104,10 @@ def head_fractions(source, bound, step=None):
         return np.array(fractions), f"{c.shape[2]:,} tokens of {pathlib.Path(source).name}"
     record = at_step(of_kind(source, "pruning"), step)
     options = options_of(source)
-    return (np.array(record["layers"], dtype=float),
-            f"{pathlib.Path(options['model']).name}, T = {options['context']:,}, --acp {options['acp']}, step {record['step']:,}")
+    return (
+        np.array(record["layers"], dtype=float),
+        f"{pathlib.Path(options['model']).name}, T = {options['context']:,}, --acp {options['acp']}, step {record['step']:,}",
+    )
 
 
 # ---- pictures
@@ -117,26 +120,32 @@ def pyplot():
         raise SystemExit("the Python package matplotlib is missing: pip install -r scripts/requirements.txt")
     matplotlib.use("Agg")
     from matplotlib import pyplot as module
-    module.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
-                            "figure.constrained_layout.use": True, "savefig.dpi": 90})
+
+    module.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.axisbelow": True,
+            "figure.constrained_layout.use": True,
+            "savefig.dpi": 90,
+        }
+    )
     return module
 
 
 def parser(doc):
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-    "-o",
-    "--out",
-    required=True,
-     help="picture to write; its ending says the format: .png, .pdf, .svg")
+    made.add_argument("-o", "--out", required=True, help="picture to write; its ending says the format: .png, .pdf, .svg")
     return made
 
 
 def add_heads(made):
     made.add_argument("source", help="run, or gates file (.safetensors)")
     made.add_argument("--step", type=int, help="the report of this step; otherwise the last one")
-    made.add_argument("--bound", type=float, default=8.0,
-                      help="with a gates file: bound of the logits; 8 is QK-norm with weights of 1 and heads of 64")
+    made.add_argument(
+        "--bound", type=float, default=8.0, help="with a gates file: bound of the logits; 8 is QK-norm with weights of 1 and heads of 64"
+    )
 
 
 def main_of_heads(doc, draw):

@@ -6,6 +6,7 @@
 
 Ends with "N passed, N failed".
 """
+
 import argparse
 import json
 import pathlib
@@ -15,7 +16,6 @@ import tempfile
 import types
 
 import numpy as np
-
 from checks import Checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -38,10 +38,19 @@ def write_array(path, rows, columns, salt):
     are missing."""
     import numcodecs
     import zarr
-    array = zarr.create_array(str(path), shape=(rows, ROW), chunks=(CHUNK, CHUNK), dtype="<u2", zarr_format=2, order="C",
-                              compressors=numcodecs.Blosc(cname="lz4"), fill_value=0)
+
+    array = zarr.create_array(
+        str(path),
+        shape=(rows, ROW),
+        chunks=(CHUNK, CHUNK),
+        dtype="<u2",
+        zarr_format=2,
+        order="C",
+        compressors=numcodecs.Blosc(cname="lz4"),
+        fill_value=0,
+    )
     for start in range(0, columns, CHUNK):
-        array[:, start:start + CHUNK] = tokens_of(rows, start, start + CHUNK, salt)
+        array[:, start : start + CHUNK] = tokens_of(rows, start, start + CHUNK, salt)
 
 
 def official_batch(data, T, batch_rows, batch):
@@ -49,15 +58,33 @@ def official_batch(data, T, batch_rows, batch):
     batch_rows; 50256 before the first token."""
     groups = len(data) // batch_rows
     column, group = divmod(batch, groups)
-    labels = data[group * batch_rows:(group + 1) * batch_rows, column * T:(column + 1) * T].astype(np.int64)
+    labels = data[group * batch_rows : (group + 1) * batch_rows, column * T : (column + 1) * T].astype(np.int64)
     inputs = np.concatenate([np.full((batch_rows, 1), BEGIN), labels[:, :-1]], axis=1)
     return inputs, labels
 
 
 def plan_of(data, T, batch_rows, steps):
     """What train_fox reads at every step."""
-    return Plan(["-i", str(data), "-e", "fox-pro-tiny", "-T", str(T), "-b", "1", "-d", str(batch_rows * T), "-x", str(steps),
-                 "--data-order", "file", "--val-batches", "0"])
+    return Plan(
+        [
+            "-i",
+            str(data),
+            "-e",
+            "fox-pro-tiny",
+            "-T",
+            str(T),
+            "-b",
+            "1",
+            "-d",
+            str(batch_rows * T),
+            "-x",
+            str(steps),
+            "--data-order",
+            "file",
+            "--val-batches",
+            "0",
+        ]
+    )
 
 
 def header_of(path):
@@ -70,29 +97,28 @@ def check_order(t, folder):
     write_array(source / "train.zarr", 70, ROW, 1)
     write_array(source / "heldout.zarr", 35, ROW, 2)
     about = json.loads((source / "train.zarr" / ".zarray").read_text())
-    t.check(about["compressor"]["id"] == "blosc" and about["compressor"]["cname"] == "lz4" and about["dtype"] == "<u2",
-            f"the test's array is as LongCrawl64's: {about}")
+    t.check(
+        about["compressor"]["id"] == "blosc" and about["compressor"]["cname"] == "lz4" and about["dtype"] == "<u2",
+        f"the test's array is as LongCrawl64's: {about}",
+    )
     convert = [*CONVERT, source, "-o", out, "-T", T, "--tokens", 1e9, "--val-tokens", 3 * ROW, "--shard-tokens", 1.1e6]
     t.run(convert, "conversion")
     shards = sorted(out.glob("longcrawl64_train_*.bin"))
     words = [header_of(path) for path in shards]
     t.equal(len(shards), 4, "shards of 67 windows")
     t.equal(sum(int(w[2]) for w in words), 256 * (T + 1), "tokens in all shards")
-    t.check(all(w[0] == 20240520 and w[1] == 2 and w[3] == 50257 and w[4]
-            == T + 1 and not w[5:].any() for w in words), "headers")
+    t.check(all(w[0] == 20240520 and w[1] == 2 and w[3] == 50257 and w[4] == T + 1 and not w[5:].any() for w in words), "headers")
     t.check(all(path.stat().st_size == 1024 + 2 * w[2] for path, w in zip(shards, words)), "sizes of the files")
     plan, data = plan_of(out, T, 32, 8), tokens_of(70, 0, ROW, 1)
     t.equal(plan.windows, 256, "windows that train_fox finds")
     for step in range(8):
         windows, (inputs, labels) = plan.windows_of_step(step), official_batch(data, T, 32, step)
-        t.check(np.array_equal(windows[:, :-1], inputs)
-                and np.array_equal(windows[:, 1:], labels), f"windows of step {step}")
+        t.check(np.array_equal(windows[:, :-1], inputs) and np.array_equal(windows[:, 1:], labels), f"windows of step {step}")
     held, val = tokens_of(3, 0, ROW, 2), list(plan.validation())
     t.equal(len(val), 12, "windows of the validation")
     for i, window in enumerate(val):
         inputs, labels = official_batch(held, T, 1, i)
-        t.check(np.array_equal(window[:, :-1], inputs)
-                and np.array_equal(window[:, 1:], labels), f"validation window {i}")
+        t.check(np.array_equal(window[:, :-1], inputs) and np.array_equal(window[:, 1:], labels), f"validation window {i}")
 
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in shards}
     shards[1].unlink()
@@ -100,10 +126,16 @@ def check_order(t, folder):
     t.run(convert, "conversion, again")
     t.check(all(path.read_bytes() == content for path, (_, content) in before.items()), "a conversion goes on")
     t.check(shards[0].stat().st_mtime_ns == before[shards[0]][0], "a whole shard is kept")
-    t.fails([*CONVERT, source, "-o", out, "-T", T, "--tokens", 1e6, "--shard-tokens", 1.1e6], "larger conversion",
-            "a smaller conversion into the same folder")
-    t.fails([ROOT / "train_fox", "-i", out, "-o", folder / "run2", "-e", "fox-pro-tiny", "-T", T // 2, "-x", 1], f"made for -T {T}",
-            "another context")
+    t.fails(
+        [*CONVERT, source, "-o", out, "-T", T, "--tokens", 1e6, "--shard-tokens", 1.1e6],
+        "larger conversion",
+        "a smaller conversion into the same folder",
+    )
+    t.fails(
+        [ROOT / "train_fox", "-i", out, "-o", folder / "run2", "-e", "fox-pro-tiny", "-T", T // 2, "-x", 1],
+        f"made for -T {T}",
+        "another context",
+    )
     return source, data
 
 
@@ -118,39 +150,70 @@ def check_chunk_rows(t, folder):
     t.equal(int(words[2]), 4160 * (T + 1), "two columns of 2080 windows")
     found = np.fromfile(out / "longcrawl64_train_000000.bin", dtype="<u2", offset=1024).reshape(4160, T + 1)
     t.check((found[:, 0] == BEGIN).all(), "every window begins with 50256")
-    t.check(np.array_equal(found[:2080, 1:], data[:, :T]) and np.array_equal(
-        found[2080:, 1:], data[:, T:]), "rows across chunks")
-    run = t.run([ROOT / "train_fox", "-i", out, "-o", folder / "run", "-e", "fox-pro-tiny", "-T", T, "-b", 1, "-d", T, "-x", 1, "-n", 0,
-                 "-v", 0, "--data-order", "file", "--device", "cpu"], "a run on them")
+    t.check(np.array_equal(found[:2080, 1:], data[:, :T]) and np.array_equal(found[2080:, 1:], data[:, T:]), "rows across chunks")
+    run = t.run(
+        [
+            ROOT / "train_fox",
+            "-i",
+            out,
+            "-o",
+            folder / "run",
+            "-e",
+            "fox-pro-tiny",
+            "-T",
+            T,
+            "-b",
+            1,
+            "-d",
+            T,
+            "-x",
+            1,
+            "-n",
+            0,
+            "-v",
+            0,
+            "--data-order",
+            "file",
+            "--device",
+            "cpu",
+        ],
+        "a run on them",
+    )
     t.check("done at step 1 of 1" in run, f"a run on them: {run[-300:]}")
-    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens",
-            2080 * 4096 + T], "0.2: this chunk is missing", "a missing chunk")
+    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096 + T], "0.2: this chunk is missing", "a missing chunk")
     t.check(not list((folder / "no").glob("*.bin")), "nothing is written for a missing chunk")
-    t.fails([*CONVERT, source, "-o", folder / "no", "--val-tokens", ROW],
-            ".zarray: not there", "an array without its description")
+    t.fails([*CONVERT, source, "-o", folder / "no", "--val-tokens", ROW], ".zarray: not there", "an array without its description")
     names = t.run([*CONVERT, source, "-T", 4096, "--tokens", 2080 * 4096, "--list", "train"], "--list").split()
     t.equal(sorted(names), [f"gs://longcrawl64/train.zarr/{r}.{c}" for r in (0, 1) for c in (0, 1)], "--list")
     (source / "train.zarr" / "1.1").write_bytes(b"")
-    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens",
-            2080 * 4096], "1.1: this chunk is missing", "an empty chunk")
+    t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096], "1.1: this chunk is missing", "an empty chunk")
     (source / "train.zarr" / "1.1").write_bytes(b"\x02\x01 nothing that blosc knows")
     t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096], "cannot be read", "a broken chunk")
 
 
 def check_bad_arrays(t, source, folder):
     bad = folder / "bad"
-    for key, value, words in (("dtype", "<u4", "expected dtype"), ("chunks", [1024, 2048], "expected chunks"),
-                              ("zarr_format", 3, "expected zarr_format"), ("shape", [70, 32768], "rows of 65536")):
+    for key, value, words in (
+        ("dtype", "<u4", "expected dtype"),
+        ("chunks", [1024, 2048], "expected chunks"),
+        ("zarr_format", 3, "expected zarr_format"),
+        ("shape", [70, 32768], "rows of 65536"),
+    ):
         shutil.rmtree(bad, ignore_errors=True)
         (bad / "train.zarr").mkdir(parents=True)
         about = json.loads((source / "train.zarr" / ".zarray").read_text())
         (bad / "train.zarr" / ".zarray").write_text(json.dumps({**about, key: value}))
         t.fails([*CONVERT, bad, "-o", folder / "no"], words, f"an array with {key} {value}")
-    for options, words in ((["-T", 3000], "divisor of 65536"), (["--tokens", 5], "not one window"),
-                           (["--val-tokens", 1000], "multiple of 65536"), (["--val-tokens", 36 * ROW], "at most")):
+    for options, words in (
+        (["-T", 3000], "divisor of 65536"),
+        (["--tokens", 5], "not one window"),
+        (["--val-tokens", 1000], "multiple of 65536"),
+        (["--val-tokens", 36 * ROW], "at most"),
+    ):
         t.fails([*CONVERT, source, "-o", folder / "no", *options], words, f"options {options}")
     t.fails([sys.executable, "-S", CONVERT[1], source], "numpy is missing", "conversion without packages")
     import zarr
+
     array = zarr.open_array(str(source / "train.zarr"), mode="r+")
     array[3, 5] = 50257
     t.fails([*CONVERT, source, "-o", folder / "no", "-T", 16384], "a token is 50257", "a token out of range")
@@ -159,31 +222,40 @@ def check_bad_arrays(t, source, folder):
 def check_official(t, source, data, directory):
     """The official LongCrawlDataset on the same array; only what it needs of lightning and torch stands in for them."""
     stand_ins = {}
-    for name in ("lightning", "torch", "torch.utils", "torch.utils.data", "forgetting_transformer",
-                 "forgetting_transformer.datamodule", "forgetting_transformer.utils"):
+    for name in (
+        "lightning",
+        "torch",
+        "torch.utils",
+        "torch.utils.data",
+        "forgetting_transformer",
+        "forgetting_transformer.datamodule",
+        "forgetting_transformer.utils",
+    ):
         stand_ins[name] = types.ModuleType(name)
     stand_ins["lightning"].LightningDataModule = object
     for name in ("IterableDataset", "DataLoader", "Sampler", "Dataset"):
         setattr(stand_ins["torch.utils.data"], name, type(name, (), {}))
     stand_ins["torch"].LongTensor = stand_ins["torch"].BoolTensor = object
     stand_ins["forgetting_transformer"].__path__ = [str(directory / "src" / "forgetting_transformer")]
-    stand_ins["forgetting_transformer.datamodule"].__path__ = [
-        str(directory / "src" / "forgetting_transformer" / "datamodule")]
+    stand_ins["forgetting_transformer.datamodule"].__path__ = [str(directory / "src" / "forgetting_transformer" / "datamodule")]
     stand_ins["forgetting_transformer.utils"].safe_divide = lambda a, b: a // b
     stand_ins["forgetting_transformer.utils"].check_divisible = lambda a, b: a % b == 0
     sys.modules.update(stand_ins)
     from forgetting_transformer.datamodule import longcrawl64
+
     longcrawl64.TRAIN_DOC_COUNT, longcrawl64.HELDOUT_DOC_COUNT = 70, 35
-    for split, total, rows, T, batch in (("train", None, 70, 16384, 32),
-                                         ("heldout", 3 * ROW, 3, 16384, 3), ("train", None, 70, 65536, 8)):
-        dataset = longcrawl64.LongCrawlDataset(str(source / f"{split}.zarr"), world_size=1, rank=0, batch_size=batch, batch_len=T,
-                                               split=split, total_tokens=total)
+    for split, total, rows, T, batch in (("train", None, 70, 16384, 32), ("heldout", 3 * ROW, 3, 16384, 3), ("train", None, 70, 65536, 8)):
+        dataset = longcrawl64.LongCrawlDataset(
+            str(source / f"{split}.zarr"), world_size=1, rank=0, batch_size=batch, batch_len=T, split=split, total_tokens=total
+        )
         used = data if split == "train" else tokens_of(rows, 0, ROW, 2)
         for i in range(len(dataset)):
             inputs, labels = official_batch(used, T, batch, i)
             theirs = dataset[i]
-            t.check(np.array_equal(theirs.input_ids, inputs) and np.array_equal(theirs.labels, labels),
-                    f"official {split}, T = {T}, batch {i} of {batch} rows")
+            t.check(
+                np.array_equal(theirs.input_ids, inputs) and np.array_equal(theirs.labels, labels),
+                f"official {split}, T = {T}, batch {i} of {batch} rows",
+            )
 
 
 def check_fineweb(t, folder):
@@ -195,14 +267,15 @@ def check_fineweb(t, folder):
         words = np.zeros(256, dtype="<i4")
         words[:3] = 20240520, 1, size
         (source / name).write_bytes(words.tobytes() + rng.integers(0, 50257, size).astype("<u2").tobytes())
-    script, environment = ["bash", ROOT / "scripts" / "data_fineweb.sh",
-        "-o", out], dict(FINEWEB_URL=f"file://{source}", PATH="/usr/bin:/bin")
+    script, environment = (
+        ["bash", ROOT / "scripts" / "data_fineweb.sh", "-o", out],
+        dict(FINEWEB_URL=f"file://{source}", PATH="/usr/bin:/bin"),
+    )
     out.mkdir()
     whole = (source / "fineweb_train_000001.bin").read_bytes()
     (out / "fineweb_train_000001.bin.part").write_bytes(whole[:3000])
     t.run([*script, "-n", 2], "fineweb", env=environment)
-    t.check(all((out / name).read_bytes() == (source / name).read_bytes()
-            for name in sizes), "the files, one of them continued")
+    t.check(all((out / name).read_bytes() == (source / name).read_bytes() for name in sizes), "the files, one of them continued")
     t.equal(sorted(p.name for p in out.iterdir()), sorted(sizes), "no other files")
     plan = Plan(["-i", str(out), "-e", "fox-pro-tiny", "-T", "512", "-b", "1", "-d", "512", "-x", "4"])
     t.equal((plan.vocab_size, plan.windows), (50257, 9 + 5), "vocabulary and windows that train_fox finds")
@@ -218,8 +291,7 @@ def check_fineweb(t, folder):
     t.fails([*script, "-n", 0], "1..103", "no shards", env=environment)
     (source / "fineweb_train_000002.bin").write_bytes(whole)
     (out / "fineweb_train_000002.bin.part").unlink()
-    t.fails([*script, "-n", 3], "fineweb_train_000003.bin: the download failed",
-            "a file that is not there", env=environment)
+    t.fails([*script, "-n", 3], "fineweb_train_000003.bin: the download failed", "a file that is not there", env=environment)
 
 
 def check_text(t, folder):
@@ -235,8 +307,7 @@ def check_text(t, folder):
     words, tokens = header_of(shard), np.fromfile(shard, dtype="<u2", offset=1024).tolist()
     expected = [x for _, ids in pairs for x in [50256, *ids]]
     t.equal(int(words[3]), 50257, "vocabulary")
-    t.check(len(pairs) > 3 and tokens == expected,
-     f"tokens of {len(pairs)} texts: {len(tokens)}, expected {len(expected)}")
+    t.check(len(pairs) > 3 and tokens == expected, f"tokens of {len(pairs)} texts: {len(tokens)}, expected {len(expected)}")
     t.fails(["bash", ROOT / "scripts" / "data_text.sh"], "no text given", "no text")
     t.fails(["bash", ROOT / "scripts" / "data_text.sh", text, "--vocab", folder / "none"], "not there", "no vocabulary")
 

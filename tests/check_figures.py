@@ -5,14 +5,13 @@
 
 Ends with "N passed, N failed".
 """
-import json
+
 import pathlib
 import struct
 import sys
 import tempfile
 
 import numpy as np
-
 from checks import Checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,11 +30,12 @@ T, STEPS, LAYERS, HEADS = 256, 12, 4, 2
 
 def make_run(t, folder):
     """A few steps of fox-pro-tiny on this project's sources, and an evaluation of their checkpoint."""
-    t.run([ROOT / "make_shards", "-o", folder / "data", "--extensions", "c,h,md", "--val-fraction", "0.1", ROOT / "train", ROOT / "docs"],
-          "make_shards")
+    t.run(
+        [ROOT / "make_shards", "-o", folder / "data", "--extensions", "c,h,md", "--val-fraction", "0.1", ROOT / "train", ROOT / "docs"],
+        "make_shards",
+    )
     common = ["-i", folder / "data", "-o", folder / "run", "-T", T, "--device", "cpu", "-b", 2, "--val-batches", 6]
-    t.run([ROOT / "train_fox", *common, "-e", "fox-pro-tiny", "-d", 2 * T,
-          "-x", STEPS, "-v", 4, "--pruning-every", 3, "-n", 0], "a run")
+    t.run([ROOT / "train_fox", *common, "-e", "fox-pro-tiny", "-d", 2 * T, "-x", STEPS, "-v", 4, "--pruning-every", 3, "-n", 0], "a run")
     t.run([ROOT / "train_fox", *common, "-e", folder / "run" / f"step_{STEPS:08d}", "--eval"], "its evaluation")
     return folder / "run"
 
@@ -50,15 +50,16 @@ def check_loss(t, run):
     top, bottom = figure.axes
     line = line_of(top, "tiny")
     t.close(line.get_xdata(), [2 * T * (3 * i + 2) / 1e6 for i in range(4)], "loss: tokens")
-    t.close(line.get_ydata(), [sum(s["loss"] for s in steps[i:i + 3]) / \
-            3 for i in range(0, 12, 3)], "loss: means of 3 steps")
+    t.close(line.get_ydata(), [sum(s["loss"] for s in steps[i : i + 3]) / 3 for i in range(0, 12, 3)], "loss: means of 3 steps")
     points = line_of(top, "tiny, validation")
     t.close(points.get_xdata(), [2 * T * s / 1e6 for s in (4, 8, 12)], "loss: tokens of validations")
     t.close(points.get_ydata(), [r["loss"] for r in checks], "loss: validations")
-    t.close(bottom.get_lines()[0].get_ydata(), [sorted(s["tokens_per_s"] for s in steps[i:i + 3])[1] for i in range(0, 12, 3)],
-            "loss: median speed")
-    t.equal((top.get_ylabel(), bottom.get_ylabel(), bottom.get_xlabel()),
-            ("loss", "tokens/s", "training tokens, millions"), "axes")
+    t.close(
+        bottom.get_lines()[0].get_ydata(),
+        [sorted(s["tokens_per_s"] for s in steps[i : i + 3])[1] for i in range(0, 12, 3)],
+        "loss: median speed",
+    )
+    t.equal((top.get_ylabel(), bottom.get_ylabel(), bottom.get_xlabel()), ("loss", "tokens/s", "training tokens, millions"), "axes")
     t.equal(len(figure_loss.draw([f"a={run}", f"b={run}"]).axes[0].get_lines()), 4, "loss: two runs")
 
 
@@ -78,13 +79,7 @@ def check_heads(t, run):
     report = figures.of_kind(run, "pruning")[-1]
     image = figure_heads.draw(run).axes[0].get_images()[0]
     kept = 100 * (1 - np.array(report["layers"]))
-    t.check(
-    image.get_array().shape == (
-        LAYERS,
-        HEADS) and np.allclose(
-            image.get_array(),
-            kept),
-             "heads: kept fractions")
+    t.check(image.get_array().shape == (LAYERS, HEADS) and np.allclose(image.get_array(), kept), "heads: kept fractions")
     first = figures.of_kind(run, "pruning")[0]
     early = figure_heads.draw(run, step=3).axes[0].get_images()[0].get_array()
     t.check(np.allclose(early, 100 * (1 - np.array(first["layers"]))), "heads: the report of step 3")
@@ -117,20 +112,17 @@ def first_by_definition(c, bound, block):
 def check_blocks(t, run):
     c = figures.read_gates(GATES)
     for layer, head in ((3, 5), (10, 6), (0, 0)):
-        t.equal(figures.first_blocks(c[layer, head], 8.0).tolist(), first_by_definition(c[layer, head], 8.0, 128),
-                f"blocks: ranges of layer {layer}, head {head}")
+        t.equal(
+            figures.first_blocks(c[layer, head], 8.0).tolist(),
+            first_by_definition(c[layer, head], 8.0, 128),
+            f"blocks: ranges of layer {layer}, head {head}",
+        )
     short = c[9, 9, :1000]
-    t.equal(
-    figures.first_blocks(
-        short, 1.0, block=64).tolist(), first_by_definition(
-            short, 1.0, 64), "blocks: a last block that is cut")
+    t.equal(figures.first_blocks(short, 1.0, block=64).tolist(), first_by_definition(short, 1.0, 64), "blocks: a last block that is cut")
     t.close(figures.skipped_fraction([0, 0, 1, 2]), 0.3, "blocks: skipped fraction")
     record = figures.of_kind(run / "eval.jsonl", "ranges")[-1]
     report = figures.of_kind(run / "eval.jsonl", "pruning")[-1]
-    t.equal(
-    (record["context"], record["block"], len(
-        record["first"]), len(
-            record["first"][3][1])), (T, 64, LAYERS, T // 64), "ranges")
+    t.equal((record["context"], record["block"], len(record["first"]), len(record["first"][3][1])), (T, 64, LAYERS, T // 64), "ranges")
     t.check(0 < report["pruned"] < 1, f"the evaluation skips something: {report['pruned']}")
     for source, layer, head in ((run / "eval.jsonl", 2, 1), (GATES, 9, 9)):
         first, block, context, _ = figure_blocks.load(source, layer, head)
@@ -154,8 +146,7 @@ def check_positions(t, run):
     edges = np.array(last["position_edges"], dtype=float)
     inside = (curve.get_xdata() >= np.maximum(edges[:-1], 0.5)) & (curve.get_xdata() <= edges[1:])
     t.check(inside.all(), "positions: points lie in their bins")
-    t.close(line_of(axis, f"again: {last['loss']:.3f} in all").get_ydata(),
-            last["position_loss"], "positions: of the evaluation")
+    t.close(line_of(axis, f"again: {last['loss']:.3f} in all").get_ydata(), last["position_loss"], "positions: of the evaluation")
     lines = [line.get_xdata()[0] for line in axis.get_lines() if line.get_linestyle() == ":"]
     t.equal(lines, [T, T / 2, T / 4, T / 8, T / 16], "positions: horizons")
     t.equal((axis.get_xscale(), axis.get_ylabel()), ("log", "validation loss"), "positions: axes")
@@ -166,18 +157,7 @@ def check_positions(t, run):
 
 def check_scripts(t, run, folder):
     """As a user runs them: a picture of sensible size, or one line that says what is wrong."""
-    sources = dict(
-    loss=[run],
-    pruned=[run],
-    heads=[run],
-    savings=[GATES],
-    blocks=[
-        GATES,
-        "--layer",
-        11,
-        "--head",
-        11],
-         positions=[run])
+    sources = dict(loss=[run], pruned=[run], heads=[run], savings=[GATES], blocks=[GATES, "--layer", 11, "--head", 11], positions=[run])
     broken = folder / "broken.jsonl"
     broken.write_text('{"kind": "step", "step": 1\n')
     for name, source in sources.items():
@@ -185,25 +165,33 @@ def check_scripts(t, run, folder):
         t.run([*script, *source, "-o", out], f"figure_{name}.py")
         data = out.read_bytes()
         width, height = struct.unpack(">II", data[16:24])
-        t.check(data[:8] == b"\x89PNG\r\n\x1a\n" and 300 < width < 1200 and 200 < height < 900 and len(data) < 60000,
-                f"figure_{name}.py: {width} x {height} pixels, {len(data)} bytes")
-        t.fails([*script, folder / "none", "-o", out], "not there" if name !=
-                "blocks" else "none", f"figure_{name}.py, no such run")
+        t.check(
+            data[:8] == b"\x89PNG\r\n\x1a\n" and 300 < width < 1200 and 200 < height < 900 and len(data) < 60000,
+            f"figure_{name}.py: {width} x {height} pixels, {len(data)} bytes",
+        )
+        t.fails([*script, folder / "none", "-o", out], "not there" if name != "blocks" else "none", f"figure_{name}.py, no such run")
         t.fails([*script, broken, "-o", out], "line 1 is no record", f"figure_{name}.py, a broken file")
-        t.fails([*script, *source, "-o", folder / "no" / "folder.png"],
-                "cannot be written", f"figure_{name}.py, no such folder")
-    t.fails([sys.executable, ROOT / "scripts" / "figure_blocks.py", GATES, "--head", 12, "-o", folder / "x.png"], "12 layers of 12 heads",
-            "no such head")
-    t.fails([sys.executable, ROOT / "scripts" / "figure_heads.py", run, "--step", 5, "-o", folder / "x.png"], "no record of step 5",
-            "no such step")
-    t.fails([sys.executable, ROOT / "scripts" / "figure_heads.py", folder / "x.safetensors", "-o", folder / "x.png"], "x.safetensors",
-            "no gates file")
+        t.fails([*script, *source, "-o", folder / "no" / "folder.png"], "cannot be written", f"figure_{name}.py, no such folder")
+    t.fails(
+        [sys.executable, ROOT / "scripts" / "figure_blocks.py", GATES, "--head", 12, "-o", folder / "x.png"],
+        "12 layers of 12 heads",
+        "no such head",
+    )
+    t.fails(
+        [sys.executable, ROOT / "scripts" / "figure_heads.py", run, "--step", 5, "-o", folder / "x.png"],
+        "no record of step 5",
+        "no such step",
+    )
+    t.fails(
+        [sys.executable, ROOT / "scripts" / "figure_heads.py", folder / "x.safetensors", "-o", folder / "x.png"],
+        "x.safetensors",
+        "no gates file",
+    )
     for script in sorted((ROOT / "scripts").glob("figure_*.py")):
         t.fails([sys.executable, "-S", script, run, "-o", folder / "x.png"], "numpy is missing", f"{script.name} without packages")
     cut = folder / "cut.safetensors"
     cut.write_bytes(GATES.read_bytes()[:100000])
-    t.fails([sys.executable, ROOT / "scripts" / "figure_savings.py", cut,
-            "-o", folder / "x.png"], "cut.safetensors", "half a gates file")
+    t.fails([sys.executable, ROOT / "scripts" / "figure_savings.py", cut, "-o", folder / "x.png"], "cut.safetensors", "half a gates file")
 
 
 def main():

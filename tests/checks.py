@@ -1,4 +1,5 @@
 """The checker of the Python tests: counts, and ends with "N passed, N failed"."""
+
 import math
 import subprocess
 import sys
@@ -32,16 +33,19 @@ class Checks:
     def run(self, command, what, code=0, **settings):
         """Runs a program and checks its exit code; its output, stderr after stdout."""
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **settings)
-        self.check(done.returncode == code, f"{what}: exit code {done.returncode}, expected {code}: "
-                                            f"{done.stdout[-500:]} {done.stderr[-1000:]}")
+        self.check(
+            done.returncode == code, f"{what}: exit code {done.returncode}, expected {code}: {done.stdout[-500:]} {done.stderr[-1000:]}"
+        )
         return done.stdout + done.stderr
 
     def fails(self, command, words, what, **settings):
         """Checks that a program ends with code 1 and one line on stderr that has these words."""
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **settings)
         lines = done.stderr.strip().splitlines()
-        self.check(done.returncode == 1 and len(lines) == 1 and words in lines[0],
-                   f"{what}: expected code 1 and one line with '{words}', found {done.returncode}: {done.stderr[-800:]}")
+        self.check(
+            done.returncode == 1 and len(lines) == 1 and words in lines[0],
+            f"{what}: expected code 1 and one line with '{words}', found {done.returncode}: {done.stderr[-800:]}",
+        )
 
     def finish(self):
         print(f"{self.passed} passed, {self.failed} failed")
