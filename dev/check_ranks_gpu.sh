@@ -38,10 +38,17 @@ trainers() {
     done
 }
 
-# guard SECONDS PID: waits for PID; kills every train_fox where that takes longer (a hang in NCCL's start has ten minutes of patience)
+end_trainers() {
+    local p
+    for p in $(trainers); do
+        kill -KILL "$p" 2>/dev/null
+    done
+}
+
+# guard SECONDS PID: waits for PID; ends its ranks where that takes longer (a hang in NCCL's start has ten minutes of patience)
 guard() {
     local dog code
-    (sleep "$1" && kill -KILL $(trainers)) >/dev/null 2>&1 &
+    (sleep "$1" && end_trainers) >/dev/null 2>&1 &
     dog=$!
     wait "$2"
     code=$?
@@ -144,7 +151,7 @@ lose() {
     start=$SECONDS
     if [ -z "$victim" ]; then
         verdict 0 "SIG$1: rank $((n - 1)) was not found: $(tail -n 1 $dir/lost.log)"
-        kill -KILL $(trainers) 2>/dev/null
+        end_trainers
         wait $pid
         return
     fi
@@ -162,7 +169,7 @@ lose() {
     sleep 1
     verdict "$([ -z "$(trainers)" ] && echo 1 || echo 0)" 'no process is left'
     local newest
-    newest=$(ls $dir/lost | sed -n 's/^step_0*//p' | tail -n 1)
+    newest=$(find $dir/lost -name 'step_*' | sed 's/.*step_0*//' | sort -n | tail -n 1)
     train "$n" lost fox-pro-125m $small -x $((newest + 3)) -n -1 -v 0 -y
     verdict $((! $?)) "goes on from step $newest"
 }
@@ -208,15 +215,16 @@ part_stall() {
     done
     sleep 0.3
     local during
-    during=$(ls $dir/stall | grep -c '^tmp_step_')
-    kill -KILL $(trainers)
+    during=$(compgen -G "$dir/stall/tmp_step_*" | wc -l)
+    end_trainers
     guard 60 $pid
     verdict "$([ "$during" = 1 ] && [ -e $dir/stall/step_00000044/state.json ] && echo 1 || echo 0)" \
-        "killed while a checkpoint was written: $(ls $dir/stall | grep step_ | tr '\n' ' ')"
+        "killed while a checkpoint was written: $(cd $dir/stall && echo *step_*)"
     rm -rf $dir/stall
 }
 
-for part in ${*:-bandwidth tests curves reshard loss memory stall}; do
+[ $# -gt 0 ] || set -- bandwidth tests curves reshard loss memory stall
+for part in "$@"; do
     case $part in
     bandwidth | tests) ;;
     curves | reshard | loss | memory | stall) make_data $dir/data ;;

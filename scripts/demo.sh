@@ -35,4 +35,4 @@ train 40 -x $((done_steps + 40)) -y
 
 echo
 echo "== Done in $(($(date +%s) - started)) s. demo/run/metrics.jsonl has every step; the official PyTorch model loads"
-echo "   demo/run/$(ls demo/run | grep '^step_')."
+echo "   $(echo demo/run/step_*)."
