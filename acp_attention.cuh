@@ -521,10 +521,15 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
     }
 }
 
+/* Factor of the bound U = scale max|q| max|k|, with norms or with QK-norm weights. */
+static inline double acp_bound_scale(int D, bool weights) {
+    return weights ? sqrt((double)D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)D);
+}
+
 struct AcpRanges {
     AcpMode mode;
     int T, H, D, blocks;
-    double log_tolerance;
+    double scale, log_spread;     /* of U (acp_bound_scale); log_tolerance - log T */
     const float *q_norm, *k_norm; /* NULL: work.norms */
     bool shared_norm;
     unsigned long long *skipped, *total; /* [H] or NULL */
@@ -534,19 +539,37 @@ struct AcpRanges {
  * block; the threads take query blocks from the last to the first, so that the minimum over all later blocks is a scan
  * over threads. */
 static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork work) {
+    enum { LAST_WARP = 224 };
     __shared__ int scan[8], lowest;
-    __shared__ unsigned long long skipped;
+    __shared__ unsigned skipped; /* fewer than ACP_MOST_BLOCKS^2; adding 64 bits would wait in line */
     __shared__ float bound[2];
     extern __shared__ double begins[];                     /* c of the first row of each block */
     double *ends = begins + r.blocks;                      /* and of the last */
     int *first = reinterpret_cast<int *>(ends + r.blocks); /* of this row */
     int64_t bh = blockIdx.x;
     int h = (int)(bh % r.H), tid = threadIdx.x;
+    unsigned own_skipped = 0;
     double delta = 0, U = INFINITY;
     acp_begin();
     if (tid == 0) {
         lowest = r.blocks;
         skipped = 0;
+    }
+    if (tid >= LAST_WARP && (r.mode == ACP_PAPER || r.q_norm != NULL)) { /* it has the least to load below */
+        float q = 0, k = 0;
+        int offset = r.shared_norm ? 0 : h * r.D;
+        for (int i = tid - LAST_WARP; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
+            float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
+                                           : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
+            q = fmaxf(q, norm.x);
+            k = fmaxf(k, norm.y);
+        }
+        q = warp_max(q);
+        k = warp_max(k);
+        if (tid == LAST_WARP) {
+            bound[0] = q;
+            bound[1] = k;
+        }
     }
     if (r.mode == ACP_PAPER) {
         const double *c = saved.c + bh * r.T;
@@ -556,32 +579,14 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
             ends[n] = c[min((n + 1) * ACP_BLOCK, r.T) - 1];
         }
     }
+    __syncthreads();
     if (r.mode == ACP_PAPER || r.q_norm != NULL) {
-        if (tid < 32) {
-            float q = 0, k = 0;
-            int offset = r.shared_norm ? 0 : h * r.D;
-            for (int i = tid; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
-                float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
-                                               : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
-                q = fmaxf(q, norm.x);
-                k = fmaxf(k, norm.y);
-            }
-            q = warp_max(q);
-            k = warp_max(k);
-            if (tid == 0) {
-                bound[0] = q;
-                bound[1] = k;
-            }
-        }
-        __syncthreads();
-        U = (double)bound[0] * (double)bound[1];
-        U *= r.q_norm != NULL ? sqrt((double)r.D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)r.D);
-        delta = -2.0 * U - log((double)r.T) + r.log_tolerance;
+        U = r.scale * (double)bound[0] * (double)bound[1];
+        delta = -2.0 * U + r.log_spread;
     }
     if (tid == 0) {
         saved.bound[bh] = (float)U;
     }
-    __syncthreads();
     for (int end = r.blocks; end > 0; end -= 256) {
         int m = end - 1 - tid, value = r.blocks;
         if (m >= 0 && r.mode == ACP_TIGHT) {
@@ -603,7 +608,7 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
         if (m >= 0) {
             first[m] = value;
             saved.first[bh * r.blocks + m] = value;
-            atomicAdd(&skipped, (unsigned long long)value);
+            own_skipped += (unsigned)value;
         }
         __syncthreads();
         if (tid == 255) {
@@ -623,9 +628,16 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
         }
         saved.last[bh * r.blocks + n] = low;
     }
-    if (tid == 0 && r.skipped != NULL) {
-        atomicAdd(&r.skipped[h], skipped);
-        atomicAdd(&r.total[h], (unsigned long long)r.blocks * (unsigned long long)(r.blocks + 1) / 2);
+    if (r.skipped != NULL) {
+        own_skipped = __reduce_add_sync(0xffffffffu, own_skipped);
+        if (tid % 32 == 0) {
+            atomicAdd(&skipped, own_skipped);
+        }
+        __syncthreads();
+        if (tid == 0) {
+            atomicAdd(&r.skipped[h], (unsigned long long)skipped);
+            atomicAdd(&r.total[h], (unsigned long long)r.blocks * (unsigned long long)(r.blocks + 1) / 2);
+        }
     }
 }
 
@@ -904,7 +916,8 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
                         in.H,
                         shape->D,
                         in.blocks,
-                        shape->log_tolerance,
+                        acp_bound_scale(shape->D, q_norm != NULL),
+                        shape->log_tolerance - log((double)in.T),
                         q_norm,
                         k_norm,
                         shape->shared_norm,

@@ -140,7 +140,8 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b) {
     AcpForward forward = {in, saved, b->o, b->lse};
     AcpBackward backward = {in, saved, work, b->dout, b->o, b->lse, b->dq, b->dk, b->dv};
     AcpScan scan = {T, blocks, b->log_f, work.dc, saved, b->dlog_f};
-    AcpRanges ranges = {shape->mode, T, shape->H, D, blocks, shape->log_tolerance, b->ones, b->ones, false, NULL, NULL};
+    AcpRanges ranges = {shape->mode, T, shape->H, D, blocks, acp_bound_scale(D, true), shape->log_tolerance - log((double)T),
+                        b->ones, b->ones, false, NULL, NULL};
     float ms[6];
     ms[0] = bench_time([&] { acp_run_scan<false>(shape, scan, 0); });
     ms[1] = bench_time([&] { acp_find_ranges<D>(shape, in, saved, work, ranges, 0); });
