@@ -286,7 +286,8 @@ struct AcpInputs {
 
 template <int D>
 static __device__ __forceinline__ int64_t acp_row(int64_t bh, int t, int T, int H, int64_t stride) {
-    return (bh / H * T + t) * stride + bh % H * D;
+    int row = (int)bh; /* acp_check: it fits; dividing 64 bits costs a hundred instructions */
+    return (int64_t)(row / H * T + t) * stride + row % H * D;
 }
 
 /* Sum over the D/8 neighbouring lanes that share a row. */
@@ -547,7 +548,7 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
     double *ends = begins + r.blocks;                      /* and of the last */
     int *first = reinterpret_cast<int *>(ends + r.blocks); /* of this row */
     int64_t bh = blockIdx.x;
-    int h = (int)(bh % r.H), tid = threadIdx.x;
+    int h = (int)blockIdx.x % r.H, tid = threadIdx.x;
     unsigned own_skipped = 0;
     double delta = 0, U = INFINITY;
     acp_begin();

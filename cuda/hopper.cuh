@@ -255,16 +255,18 @@ struct alignas(1024) HopperKeys {
         k_ring.init(warps);
         v_ring.init(warps);
     }
-    /* The copying thread: blocks end, end - 1, ... begin of head h of sequence b, whose lift begins at `row`. */
+    /* The copying thread: blocks end, end - 1, ... begin of head h of sequence b, whose lift begins at `row`. The first
+     * is under way before `begin` is needed, which may still be on its way from memory. */
     __device__ __forceinline__ void copy(const CUtensorMap &k_map, const CUtensorMap &v_map,
                                          const CUtensorMap &lift_map, int b, int h, int row, int begin, int end) {
-        for (int i = 0; i <= end - begin; i++) {
+        int i = 0;
+        do {
             int stage = i % STAGES, key = (end - i) * KEYS;
             uint64_t *full = k_ring.refill(i, TILE + (int)sizeof lift[0]);
             hopper_load_tile<D, KEYS>(k[stage], k_map, b, h, key, full);
             hopper_load_floats<KEYS>(lift[stage], lift_map, row + key, full);
             hopper_load_tile<D, KEYS>(v[stage], v_map, b, h, key, v_ring.refill(i, TILE));
-        }
+        } while (++i <= end - begin);
     }
     __device__ __forceinline__ void skip(int i) {
         k_ring.skip(i);

@@ -122,6 +122,9 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         bool inside = row0 < in.T;
         int64_t at = (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         float own[2], delta[2];
+        /* what is looked up, all on its way before the first is waited for */
+        int tile_first = first_step(q0), own_first = first_step(inside ? row0 : q0);
+        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             acp_query_stats<D>(p, bh, row0 + row + i * 8, own[i], delta[i]);
@@ -133,9 +136,8 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
                 p.work.offset[at + i * 8] = own[i];
             }
         }
-        int begin = hopper_uniform(first_step(q0)), top = inside ? row0 / KEYS : begin - 1,
-            bottom = inside ? hopper_uniform(first_step(row0)) : begin;
-        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
+        int begin = hopper_uniform(tile_first), top = inside ? row0 / KEYS : begin - 1,
+            bottom = inside ? hopper_uniform(own_first) : begin;
         uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t dout = hopper_operand(hopper_shared(shared.dout) + group * 64 * 128, Traits::QUERIES * 128);
         uint32_t k = hopper_operand(hopper_shared(shared.keys.k), KEYS * 128),
@@ -305,7 +307,8 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_load_tile<D, Traits::KEYS>(shared.k, args.k, b, h, k0, &shared.k_full);
             hopper_load_tile<D, Traits::KEYS>(shared.v, args.v, b, h, k0, &shared.k_full);
             int end = last_step(k0 + Traits::KEYS - 1);
-            for (int i = 0; i <= end - begin; i++) {
+            int i = 0;
+            do { /* the first is under way before `end` is needed */
                 int stage = i % STAGES, query = (begin + i) * QUERIES;
                 uint64_t *full = shared.q_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.offset[0]);
                 hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, b, h, query, full);
@@ -313,7 +316,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
                 full = shared.dout_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.delta[0]);
                 hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, b, h, query, full);
                 hopper_load_floats<QUERIES>(shared.delta[stage], args.delta, row + query, full);
-            }
+            } while (++i <= end - begin);
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
@@ -323,11 +326,12 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         int row0 = k0 + group * 64,
             row = thread / 32 * 16 + lane / 4; /* this thread's keys: row0 + row, and 8 further */
         bool inside = row0 < in.T;
-        int end = hopper_uniform(last_step(k0 + Traits::KEYS - 1)),
-            own_end = inside ? hopper_uniform(last_step(row0)) : begin - 1;
+        /* what is looked up, all on its way before the first is waited for */
+        int tile_last = last_step(k0 + Traits::KEYS - 1), own_last = last_step(row0);
         const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         const float *lifts = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         const float lift[2] = {lifts[0], lifts[8]};
+        int end = hopper_uniform(tile_last), own_end = inside ? hopper_uniform(own_last) : begin - 1;
         uint32_t k = hopper_operand(hopper_shared(shared.k) + group * 64 * 128, Traits::PANEL);
         uint32_t v = hopper_operand(hopper_shared(shared.v) + group * 64 * 128, Traits::PANEL);
         uint32_t q = hopper_operand(hopper_shared(shared.q), Traits::Q_PANEL);

@@ -131,12 +131,16 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         const float scale = (float)ACP_LOG2E * acp_root<D>();
         const float2 *base = saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32, warp = thread / 32;
-        int row0 = q0 + group * 64, row = row0 + warp * 16 + lane / 4, block = row0 / ACP_BLOCK;
-        /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
+        int row0 = q0 + group * 64, row = row0 + warp * 16 + lane / 4;
         bool inside = row0 < in.T;
-        int begin = hopper_uniform(first[q0 / ACP_BLOCK]);
-        int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(first[block]) : begin;
-        const float2 own_base = base[inside ? block : 0];
+        int block = inside ? row0 / ACP_BLOCK : 0;
+        /* what is looked up, all on its way before the first is waited for */
+        int tile_first = first[q0 / ACP_BLOCK], own_first = first[block];
+        const float2 own_base = base[block];
+        bool fixed = saved.bound[bh] <= (float)HOPPER_FIXED;
+        /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
+        int begin = hopper_uniform(tile_first);
+        int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(own_first) : begin;
         HopperTurns<WARPGROUPS> turns(group);
         auto skip = [&](int n) {
             turns.take();
@@ -221,7 +225,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 }
                 hopper_pack(p, s);
             };
-            if (saved.bound[bh] <= (float)HOPPER_FIXED) {
+            if (fixed) {
                 for (n--; n >= bottom; n--) {
                     step(HopperFlag<true>());
                 }
