@@ -67,8 +67,9 @@ struct HopperDq {
                          COPY_REGISTERS = 24;
     static constexpr int QUERIES = 64 * WARPGROUPS, KEYS = 128, STAGES = D == 64 ? 4 : 2; /* keys per step */
     static constexpr int TILE = QUERIES * D * 2, K_TILE = KEYS * D * 2;
-    static constexpr bool OVERLAP =
-        D == 64; /* dQ of one step under the weights of the next, where registers allow it */
+    /* where registers allow it: dQ of one step under the weights of the next; on the diagonal only half of the keys for
+     * the first queries */
+    static constexpr bool OVERLAP = D == 64, HALVES = D == 64;
 };
 
 template <int D>
@@ -168,29 +169,33 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             hopper_hold(ds);
             shared.keys.k_ring.release(end - n);
         };
-        /* Some keys: dS, with the product dQ of the step before under way (`behind`). */
-        auto step = [&](int n, auto diagonal, auto behind) {
+        /* Some keys: dS, with the product dQ of the step before under way (`behind`). half: all queries come before the
+         * second half of the keys. */
+        auto step = [&](int n, auto diagonal, auto half, auto behind) {
+            constexpr int SEEN = half ? N / 2 : N; /* of s, of this thread */
+            auto &s_seen = reinterpret_cast<float(&)[SEEN]>(s);
+            auto &dp_seen = reinterpret_cast<float(&)[SEEN]>(dp);
             int stage = (end - n) % STAGES, column = n * KEYS - row0 + lane % 4 * 2;
             float shift = acp_shift(own_base, base[n * KEYS / ACP_BLOCK]);
             const float *lift = shared.keys.lift[stage] + lane % 4 * 2;
             shared.keys.k_ring.await(end - n);
             turns.take();
             hopper_products_begin();
-            hopper_product_abt<D, Traits::QUERIES, KEYS>(s, q, k + stage * hopper_apart(Traits::K_TILE));
+            hopper_product_abt<D, Traits::QUERIES, KEYS>(s_seen, q, k + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
             shared.keys.v_ring.await(end - n);
             hopper_products_begin();
-            hopper_product_abt<D, Traits::QUERIES, KEYS>(dp, dout, v + stage * hopper_apart(Traits::K_TILE));
+            hopper_product_abt<D, Traits::QUERIES, KEYS>(dp_seen, dout, v + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
             if (behind) {
                 add_dq(n + 1);
             }
             turns.pass();
             hopper_products_wait<behind ? 2 : 1>();
-            hopper_hold(s);
+            hopper_hold(s_seen);
             float offset[2] = {own[0] + shift, own[1] + shift};
 #pragma unroll
-            for (int i = 0; i < N; i += 4) {
+            for (int i = 0; i < SEEN; i += 4) {
                 float2 key = *reinterpret_cast<const float2 *>(lift + i * 2);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
@@ -201,12 +206,16 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
                 }
             }
             hopper_products_wait<behind ? 1 : 0>();
-            hopper_hold(dp);
+            hopper_hold(dp_seen);
             shared.keys.v_ring.release(end - n);
 #pragma unroll
-            for (int i = 0; i < N; i++) {
+            for (int i = 0; i < SEEN; i++) {
                 s[i] *= dp[i] - delta[i / 2 % 2];
                 sum[i / 2 % 2] += s[i];
+            }
+#pragma unroll
+            for (int i = SEEN; i < N; i++) {
+                s[i] = 0;
             }
             if (behind) {
                 hopper_products_wait<0>();
@@ -222,12 +231,18 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             skip(n);
         }
         if (inside) {
-            step(n, HopperFlag<true>(), HopperFlag<false>());
+            using Yes = HopperFlag<true>;
+            using No = HopperFlag<false>;
+            if (Traits::HALVES && row0 % KEYS == 0) {
+                step(n, Yes(), HopperFlag<Traits::HALVES>(), No());
+            } else {
+                step(n, Yes(), No(), No());
+            }
             for (n--; n >= bottom; n--) {
                 if (!Traits::OVERLAP) {
                     finish_dq(n + 1);
                 }
-                step(n, HopperFlag<false>(), HopperFlag<Traits::OVERLAP>());
+                step(n, No(), No(), HopperFlag<Traits::OVERLAP>());
             }
             finish_dq(bottom);
 

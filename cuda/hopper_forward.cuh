@@ -158,22 +158,34 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         if (inside) {
             float s[64], o[D / 2], high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
             uint32_t p[32];
-            { /* the block on the diagonal */
+            /* The block on the diagonal. half: all queries come before the second half of its keys. */
+            auto diagonal = [&](auto half) {
+                constexpr int SEEN = half ? 32 : 64; /* of s, of this thread */
+                auto &seen = reinterpret_cast<float(&)[SEEN]>(s);
                 int stage = (end - n) % STAGES;
                 shared.keys.k_ring.await(end - n);
                 turns.take();
                 hopper_products_begin();
-                hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(s, q, k + stage * hopper_apart(TILE));
+                hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(seen, q, k + stage * hopper_apart(TILE));
                 hopper_products_commit();
                 turns.pass();
                 hopper_products_wait<0>();
-                hopper_hold(s);
-                hopper_decay<true, true>(s, shared.keys.lift[stage] + lane % 4 * 2, scale, row,
+                hopper_hold(seen);
+                hopper_decay<true, true>(seen, shared.keys.lift[stage] + lane % 4 * 2, scale, row,
                                          n * ACP_BLOCK + lane % 4 * 2, high);
                 shared.keys.k_ring.release(end - n);
                 float offset[2] = {-high[0], -high[1]};
-                hopper_weights(s, offset, sum);
+                hopper_weights(seen, offset, sum);
+#pragma unroll
+                for (int i = SEEN; i < 64; i++) {
+                    s[i] = 0;
+                }
                 hopper_pack(p, s);
+            };
+            if (row0 % ACP_BLOCK == 0) {
+                diagonal(HopperFlag<true>());
+            } else {
+                diagonal(HopperFlag<false>());
             }
 #pragma unroll
             for (int i = 0; i < D / 2; i++) {
