@@ -116,7 +116,7 @@ OBJECTS  := $(LIBRARY) $(TESTS) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD
             $(BUILD)/scripts/nccl_bandwidth.o $(BUILD)/dev/check_mass.o \
             $(patsubst %.c,$(BUILD)/%.o,$(wildcard fuzz/fuzz_*.c))
 
-.PHONY: all test demo bench tools clean help fuzz fuzz-run fuzzers
+.PHONY: all test emulated demo bench tools clean help fuzz fuzz-run fuzzers
 .DELETE_ON_ERROR:
 all: $(PROGRAMS)
 
@@ -147,6 +147,17 @@ $(STAMP):
 test: $(PROGRAMS)
 	@$(or $(BIN),./)test_fox $(if $(filter-out 0,$(SANITIZE)),--quick)
 
+# The attention kernels of the GPU, as C++ for the CPU. Threads are coroutines that jump from stack to stack, and one thread
+# has all thread-local variables, which the flags allow.
+EMULATED := $(BUILD)/test_emulated
+emulated: $(EMULATED)
+	@$<
+$(EMULATED): tests/test_emulated.cc $(STAMP)
+	$(if $(CUDA_ROOT),,$(error make emulated: nvcc is not found, and the headers beside it are needed))
+	@mkdir -p $(@D) && echo 'compile   $<' && $(CXX) -std=c++20 -O2 -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -fno-strict-aliasing \
+	    -fno-extern-tls-init -U_FORTIFY_SOURCE -MMD -MP -isystem $(CUDA_ROOT)/include $< -o $@
+-include $(EMULATED).d
+
 demo: $(PROGRAMS)
 	@sh scripts/demo.sh
 
@@ -171,6 +182,7 @@ clean:
 help:
 	@echo 'make            train_fox, make_shards, test_fox; prints what was found and what is built'
 	@echo 'make test       the tests; make SANITIZE=1 test: the quick suite under ASan and UBSan'
+	@echo 'make emulated   tests the attention kernels of the GPU on a CPU, with the headers of the CUDA Toolkit'
 	@echo 'make demo       trains a small FoX on text of this machine, within 4 minutes on two cores'
 	@echo 'make bench      speed of the CPU program in tokens/s'
 	@echo 'make tools      build/release/check_mass: what pruning loses inside a trained model'

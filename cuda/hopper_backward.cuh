@@ -14,7 +14,7 @@
 #ifndef FOX_HOPPER_BACKWARD_CUH
 #define FOX_HOPPER_BACKWARD_CUH
 
-#include "hopper.cuh"
+#include "hopper_tiles.cuh"
 
 /* Starts acc = A B^T as a batch, with A in shared memory or, KEEP, in registers (`rows`). */
 template <int D, int A_ROWS, int B_ROWS, bool KEEP, int ACC>

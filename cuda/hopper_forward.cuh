@@ -12,7 +12,7 @@
 #ifndef FOX_HOPPER_FORWARD_CUH
 #define FOX_HOPPER_FORWARD_CUH
 
-#include "hopper.cuh"
+#include "hopper_tiles.cuh"
 
 template <int D>
 struct HopperForward {

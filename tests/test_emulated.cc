@@ -1,0 +1,235 @@
+/* The attention kernels of the GPU on a CPU (emulated_gpu.h), both kinds, against plain double precision: whatever a change
+ * breaks in their logic shows on a machine without a GPU. Small shapes; tests/test_cuda_attention.h has the large ones.
+ *
+ *     make emulated        builds and runs it; needs the headers of the CUDA Toolkit */
+#include "emulated_gpu.h"
+#include "emulated_instructions.h"
+
+#include "../acp_attention.cuh"
+#include "../cpu/acp.h"
+#include "check.h"
+
+#include <vector>
+
+typedef std::vector<double> Doubles;
+
+/* Tensors of one case: q, k and v packed into rows of 3 H D values and some more, as the model has them. */
+struct Case {
+    AcpShape shape;
+    int64_t width, stride;
+    std::vector<uint16_t> qkv, dout, o, dq, dk, dv;
+    std::vector<float> log_f, lse, dlog_f;
+    std::vector<char> saved, work;
+
+    const bf16 *input(int which) const {
+        return (const bf16 *)(qkv.data() + which * width);
+    }
+};
+
+static uint16_t bits_of(double x) {
+    return (uint16_t)(pack2((float)x, 0.0f) & 0xffff);
+}
+
+static double value_of(uint16_t bits) {
+    return (double)__uint_as_float((uint32_t)bits << 16);
+}
+
+/* q and k of norm sqrt(D); log f = logsigmoid(x), x ~ N(mu, 1), and now and then a gate that forgets all. */
+static Case make_case(int B, int T, int H, int D, AcpMode mode, bool portable, double mu, uint64_t key) {
+    Case c;
+    c.shape = {B, T, H, D, mode, -10, true, portable};
+    c.width = (int64_t)H * D;
+    c.stride = 3 * c.width + 64;
+    size_t rows = (size_t)B * (size_t)T, size = rows * (size_t)c.width;
+    const uint16_t unset = 0x7fc0; /* not a number */
+    c.qkv.assign(rows * (size_t)c.stride, unset);
+    for (std::vector<uint16_t> *x : {&c.dout, &c.o, &c.dq, &c.dk, &c.dv}) {
+        x->assign(size, unset);
+    }
+    c.lse.assign(rows * (size_t)H, NAN);
+    c.dlog_f.assign(rows * (size_t)H, NAN);
+    c.log_f.resize(rows * (size_t)H);
+    for (size_t head = 0; head < rows * (size_t)H; head++) {
+        for (int which = 0; which < 4; which++) {
+            size_t at = which < 3 ? head / (size_t)H * (size_t)c.stride + (size_t)(which * c.width) + head % (size_t)H * (size_t)D
+                                  : head * (size_t)D;
+            double x[128], sum = 0;
+            for (int i = 0; i < D; i++) {
+                x[i] = fox_normal(key, (head * 4 + (size_t)which) * 128 + (size_t)i);
+                sum += x[i] * x[i];
+            }
+            for (int i = 0; i < D; i++) {
+                (which < 3 ? c.qkv : c.dout)[at + (size_t)i] = bits_of(which < 2 ? x[i] * sqrt(D / sum) : x[i]);
+            }
+        }
+        double gate = fox_random(key + 1, head) % 300 == 0 ? -30 : mu + fox_normal(key + 2, head);
+        c.log_f[head] = (float)-log1p(exp(-gate));
+    }
+    c.saved.assign((size_t)acp_saved_bytes(&c.shape), (char)0xee);
+    c.work.assign((size_t)acp_workspace_bytes(&c.shape), (char)0xee);
+    return c;
+}
+
+enum { O, DQ, DK, DV, LSE, DLOG_F, OUTPUTS };
+
+/* Sums of squares of differences from the reference, and of the reference. */
+struct Errors {
+    double difference[OUTPUTS] = {0}, size[OUTPUTS] = {0};
+
+    void add(int output, double found, double expected) {
+        difference[output] += (found - expected) * (found - expected);
+        size[output] += expected * expected;
+    }
+};
+
+/* One head by the formulas, over the pairs that `first` keeps. */
+static void compare_head(const Case &c, int bh, const int *first, Errors *errors) {
+    int T = c.shape.T, H = c.shape.H, D = c.shape.D, b = bh / H, h = bh % H;
+    auto in = [&](int which, int t, int i) {
+        return value_of(c.qkv[(size_t)((b * T + t) * c.stride + which * c.width + h * D + i)]);
+    };
+    auto out = [&](const std::vector<uint16_t> &x, int t, int i) {
+        return value_of(x[(size_t)((b * T + t) * c.width + h * D + i)]);
+    };
+    Doubles decay((size_t)T), dq((size_t)(T * D)), dk((size_t)(T * D)), dv((size_t)(T * D)), dc((size_t)T);
+    for (int t = 0; t < T; t++) {
+        decay[(size_t)t] = (t > 0 ? decay[(size_t)t - 1] : 0) + (double)c.log_f[(size_t)(bh * T + t)];
+    }
+    for (int i = 0; i < T; i++) {
+        int begin = first[i / ACP_BLOCK] * ACP_BLOCK;
+        Doubles p((size_t)i + 1), dp((size_t)i + 1), o((size_t)D);
+        double mass = 0, delta = 0;
+        for (int j = begin; j <= i; j++) {
+            double s = 0;
+            for (int e = 0; e < D; e++) {
+                s += in(0, i, e) * in(1, j, e);
+                dp[(size_t)j] += out(c.dout, i, e) * in(2, j, e);
+            }
+            mass += p[(size_t)j] = exp(s / sqrt(D) + decay[(size_t)i] - decay[(size_t)j]);
+        }
+        for (int j = begin; j <= i; j++) {
+            p[(size_t)j] /= mass;
+            delta += p[(size_t)j] * dp[(size_t)j];
+            for (int e = 0; e < D; e++) {
+                o[(size_t)e] += p[(size_t)j] * in(2, j, e);
+            }
+        }
+        for (int j = begin; j <= i; j++) {
+            double ds = p[(size_t)j] * (dp[(size_t)j] - delta);
+            dc[(size_t)i] += ds;
+            dc[(size_t)j] -= ds;
+            for (int e = 0; e < D; e++) {
+                dq[(size_t)(i * D + e)] += ds * in(1, j, e) / sqrt(D);
+                dk[(size_t)(j * D + e)] += ds * in(0, i, e) / sqrt(D);
+                dv[(size_t)(j * D + e)] += p[(size_t)j] * out(c.dout, i, e);
+            }
+        }
+        errors->add(LSE, (double)c.lse[(size_t)(bh * T + i)], log(mass));
+        for (int e = 0; e < D; e++) {
+            errors->add(O, out(c.o, i, e), o[(size_t)e]);
+        }
+    }
+    double sum = 0;
+    for (int t = T - 1; t >= 0; t--) {
+        sum += dc[(size_t)t];
+        errors->add(DLOG_F, (double)c.dlog_f[(size_t)(bh * T + t)], sum);
+        for (int e = 0; e < D; e++) {
+            errors->add(DQ, out(c.dq, t, e), dq[(size_t)(t * D + e)]);
+            errors->add(DK, out(c.dk, t, e), dk[(size_t)(t * D + e)]);
+            errors->add(DV, out(c.dv, t, e), dv[(size_t)(t * D + e)]);
+        }
+    }
+}
+
+/* The ranges are those of cpu/acp.h, but for a block where float32 rounds the tight bound the other way; and how much is
+ * skipped is counted. */
+static void check_ranges(Tests *t, const Case &c, const char *what, int bh, const int *first, const int *last) {
+    int T = c.shape.T, H = c.shape.H, D = c.shape.D, blocks = acp_num_blocks(&c.shape), apart = 0, wrong = 0;
+    std::vector<int> expected((size_t)blocks, 0), expected_last((size_t)blocks);
+    std::vector<float> q((size_t)(T * D)), k((size_t)(T * D));
+    const double *decay;
+    const int *unused;
+    acp_saved_views(&c.shape, (void *)c.saved.data(), &decay, &unused, &unused);
+    decay += (int64_t)bh * T;
+    for (int i = 0; i < T * D; i++) {
+        size_t at = (size_t)((bh / H * T + i / D) * c.stride + bh % H * D + i % D);
+        q[(size_t)i] = (float)value_of(c.qkv[at]);
+        k[(size_t)i] = (float)value_of(c.qkv[at + (size_t)c.width]);
+    }
+    AcpHead head = {T, D, q.data(), k.data(), D, decay};
+    if (c.shape.mode == ACP_PAPER) {
+        double delta = acp_threshold(sqrt((double)D) * ACP_ROUNDING, T, c.shape.log_tolerance);
+        acp_first_blocks_paper(T, decay, delta, ACP_BLOCK, ACP_BLOCK, expected.data());
+    } else if (c.shape.mode == ACP_TIGHT) {
+        acp_first_blocks_tight(&head, c.shape.log_tolerance, ACP_BLOCK, ACP_BLOCK, NULL, expected.data());
+    }
+    acp_last_blocks(T, ACP_BLOCK, ACP_BLOCK, first, expected_last.data());
+    for (int m = 0; m < blocks; m++) {
+        int difference = abs(first[m] - expected[(size_t)m]);
+        apart += difference;
+        wrong += difference > (c.shape.mode == ACP_TIGHT) || last[m] != expected_last[(size_t)m];
+    }
+    check(t, wrong == 0 && apart <= 1, "%s, head %d: ranges, %d wrong, %d blocks apart", what, bh, wrong, apart);
+}
+
+static void test_case(Tests *t, int B, int T, int H, int D, AcpMode mode, bool portable, double mu) {
+    static const char *const names[] = {"o", "dq", "dk", "dv", "lse", "d log f"}, *const modes[] = {"off", "paper", "tight"};
+    static const double limits[] = {4e-3, 8e-3, 8e-3, 4e-3, 1e-5, 2e-3};
+    char what[100];
+    snprintf(what, sizeof what, "%s, %s, B %d T %d H %d D %d, gates %g", portable ? "portable" : "Hopper", modes[mode], B, T, H, D, mu);
+    Case c = make_case(B, T, H, D, mode, portable, mu, (uint64_t)(T * 1000 + D * 10 + B));
+    std::vector<float> ones((size_t)D, 1.0f);
+    std::vector<unsigned long long> counts((size_t)(2 * H), 0);
+    AcpCounts counted = {counts.data(), counts.data() + H};
+    bf16 *o = (bf16 *)c.o.data();
+    const bf16 *dout = (const bf16 *)c.dout.data();
+    acp_attention_forward(&c.shape, o, c.lse.data(), c.saved.data(), c.work.data(), &counted, c.input(0), c.input(1), c.input(2),
+                          c.stride, c.log_f.data(), ones.data(), ones.data(), 0);
+    acp_attention_backward(&c.shape, (bf16 *)c.dq.data(), (bf16 *)c.dk.data(), (bf16 *)c.dv.data(), c.dlog_f.data(), c.saved.data(),
+                           c.work.data(), dout, c.input(0), c.input(1), c.input(2), c.stride, o, c.lse.data(), 0);
+    const double *decay;
+    const int *first, *last;
+    acp_saved_views(&c.shape, c.saved.data(), &decay, &first, &last);
+    Errors errors;
+    std::vector<unsigned long long> skipped((size_t)H, 0);
+    int blocks = acp_num_blocks(&c.shape);
+    unsigned long long kept = 0, all = (unsigned long long)(blocks * (blocks + 1) / 2);
+    for (int bh = 0; bh < B * H; bh++) {
+        check_ranges(t, c, what, bh, first + bh * blocks, last + bh * blocks);
+        compare_head(c, bh, first + bh * blocks, &errors);
+        for (int m = 0; m < blocks; m++) {
+            skipped[(size_t)(bh % H)] += (unsigned long long)first[bh * blocks + m];
+        }
+    }
+    for (int h = 0; h < H; h++) {
+        check(t, counts[(size_t)h] == skipped[(size_t)h] && counts[(size_t)(H + h)] == (unsigned long long)B * all,
+              "%s: %llu of %llu blocks of head %d are counted as skipped, expected %llu", what, counts[(size_t)h],
+              counts[(size_t)(H + h)], h, skipped[(size_t)h]);
+        kept += (unsigned long long)B * all - skipped[(size_t)h];
+    }
+    for (int i = 0; i < OUTPUTS; i++) {
+        /* a sequence of one token has gradients of zero */
+        double error = sqrt(errors.difference[i] / (errors.size[i] > 1e-12 ? errors.size[i] : (double)(T * D)));
+        check(t, error <= limits[i], "%s: error of %s %.2e, allowed %.0e", what, names[i], error, limits[i]);
+    }
+    printf("%s: %llu of %llu blocks kept\n", what, kept, (unsigned long long)(B * H) * all);
+    fflush(stdout);
+}
+
+int main(void) {
+    Tests t = {};
+    for (int mode = ACP_OFF; mode <= ACP_TIGHT; mode++) {
+        for (int portable = 0; portable < 2; portable++) {
+            for (int D = 64; D <= 128; D += 64) {
+                test_case(&t, 1, 450, 1, D, (AcpMode)mode, portable != 0, 1.5);
+                test_case(&t, 2, 77, 2, D, (AcpMode)mode, portable != 0, 3);
+            }
+        }
+        for (int T : {1, 129, 192}) {
+            test_case(&t, 1, T, 1, 64, (AcpMode)mode, false, 4);
+        }
+    }
+    test_case(&t, 1, 700, 1, 64, ACP_PAPER, false, -1);
+    printf("%d passed, %d failed\n", t.passed, t.failed);
+    return t.failed > 0;
+}
