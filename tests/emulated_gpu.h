@@ -107,7 +107,10 @@ static void begin_thread(char *stack) {
     setcontext(&start);
 }
 
+/* Runs all threads to their end. stacks: STACK bytes for each. */
 static void run_block(char *stacks) {
+    memset(memory, 0xff, sizeof memory); /* not numbers, where a kernel reads what it has not written */
+    memset(begins, 0xff, sizeof begins);
     memset(&block->all, 0, sizeof block->all);
     memset(block->warp, 0, sizeof block->warp);
     memset(block->named, 0, sizeof block->named);
