@@ -291,7 +291,8 @@ static void judge_progress(Watch *w) {
     }
     if (worst == &own && own.state == WAITING && own.waits_for > 0) {
         const Message *other = &w->peers[own.waits_for - 1].status;
-        bool arrived = other->meeting == own.meeting && other->sent; // what rank 0 waits for is there: it does not take it
+        // what rank 0 waits for is there, and it does not take it; or it has, and the other is in the next collective already
+        bool arrived = other->meeting > own.meeting || (other->meeting == own.meeting && other->sent);
         if (other->state != WAITING) {
             return; // it works, within its limit
         }
