@@ -225,7 +225,9 @@ def check_throughput(t, folder):
 
 def check_quality(t, folder):
     out, keep = folder / "quality", folder / "kept"
-    environment = dict(ENVIRONMENT, OUT=str(out), KEEP=str(keep), TOKENS="2560", RUNS="off paper@2 transformer paper", GPUS="0 1")
+    environment = dict(
+        ENVIRONMENT, OUT=str(out), KEEP=str(keep), TOKENS="2560", RUNS="off paper@2 transformer paper", GPUS="0 1", OMP_NUM_THREADS="1"
+    )
     script = [
         "bash",
         ROOT / "scripts" / "run_quality_125m.sh",
