@@ -5,6 +5,7 @@
 
 #include "common.cuh"
 
+/* The address of what lies in shared memory. */
 static __device__ __forceinline__ uint32_t acp_shared(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
@@ -19,6 +20,8 @@ static __device__ __forceinline__ void acp_copies_done(void) {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/* ldmatrix: four 8 x 8 matrices of 16-bit values, lane l names row l % 8 of matrix l / 8 and gets two neighbours of row l / 4 of
+ * each; of the transposed matrices in the second form. */
 static __device__ __forceinline__ void acp_load_matrices(uint32_t r[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -31,6 +34,7 @@ static __device__ __forceinline__ void acp_load_transposed(uint32_t r[4], uint32
                  : "r"(address));
 }
 
+/* c[16, 8] += A[16, 16] B[16, 8] of a warp, fragments as tiles.cuh draws them. */
 static __device__ __forceinline__ void acp_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -38,6 +42,7 @@ static __device__ __forceinline__ void acp_mma(float c[4], const uint32_t a[4], 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* 2^x, to about 2 units in the last place; results below 2^-126 are 0. */
 static __device__ __forceinline__ float acp_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -36,7 +36,6 @@ import official
 from impose_gates import impose_gates
 
 VOCAB_SIZE = 50257
-RATE = 1e-8
 EMBEDDING_SCALE = 1000.0  # keeps the gates' logits spread in every layer: see impose_gates.py
 BYTES_PER_GIB = 2**30
 
@@ -79,7 +78,11 @@ def bench_official(code, folder, T, batch_tokens, micro_batch, acp, recompute, s
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)], lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True
+        [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)],
+        lr=float(official.TIMING_RATE),
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
     )
     tokens, _ = official.open_shard(folder / "random_train.bin")
     stream = torch.as_tensor(np.array(tokens, dtype=np.int64))
@@ -108,32 +111,8 @@ def bench_official(code, folder, T, batch_tokens, micro_batch, acp, recompute, s
 def bench_ours(program, folder, T, batch_tokens, micro_batch, acp, recompute, steps, warmup):
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    records = official.run_ours(
-        program,
-        folder / "checkpoint",
-        folder / "random_train.bin",
-        out,
-        "-T",
-        T,
-        "-b",
-        micro_batch,
-        "-d",
-        batch_tokens,
-        "-x",
-        steps + warmup,
-        "-l",
-        RATE,
-        "--acp",
-        acp,
-        "-v",
-        0,
-        "-n",
-        -1,
-        "--pruning-every",
-        0,
-        "-r",
-        2 if recompute else 0,
-    )
+    options = official.timed_options(T, micro_batch, batch_tokens, steps + warmup, acp)
+    records = official.run_ours(program, folder / "checkpoint", folder / "random_train.bin", out, *options, "-r", 2 if recompute else 0)
     shutil.rmtree(out)
     done = [r for r in records if r["kind"] == "step"][warmup:]
     last = done[-1]

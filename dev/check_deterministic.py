@@ -27,55 +27,29 @@ def own_sources(args, scratch):
     """Shards of the files of this repository, in GPT-2's tokens."""
     data = scratch / "data"
     folders = [official.ROOT / name for name in ("train", "cpu", "cuda", "tests", "dev", "docs", "scripts")]
-    subprocess.run(
-        [
-            args.make_shards,
-            "-o",
-            data,
-            "--vocab",
-            official.ROOT / "tests/data/gpt2/gpt2.tiktoken",
-            "--extensions",
-            ".h,.c,.cu,.cuh,.md,.py,.sh",
-            "--val-fraction",
-            "0",
-            *folders,
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    vocab, kinds = official.ROOT / "tests/data/gpt2/gpt2.tiktoken", ".h,.c,.cu,.cuh,.md,.py,.sh"
+    options = official.options(o=data, vocab=vocab, extensions=kinds, val_fraction=0)
+    subprocess.run([args.make_shards, *options, *folders], check=True, stdout=subprocess.DEVNULL)
     return data
 
 
 def train(args, data, out, *options):
     """The hash of the parameters at the end, and the records of metrics.jsonl."""
-    command = [
-        args.train_fox,
-        "-i",
-        data,
-        "-o",
-        out,
-        "-e",
-        args.model,
-        "-T",
-        args.context,
-        "-b",
-        args.micro_batch,
-        "-d",
-        args.batch_tokens,
-        "-x",
-        args.steps,
-        "-v",
-        0,
-        "-n",
-        0,
-        "--pruning-every",
-        0,
-        "--acp",
-        args.acp,
-        "--device",
-        args.device,
-        *options,
-    ]
+    own = official.options(
+        i=data,
+        o=out,
+        e=args.model,
+        T=args.context,
+        b=args.micro_batch,
+        d=args.batch_tokens,
+        x=args.steps,
+        v=0,
+        n=0,
+        pruning_every=0,
+        acp=args.acp,
+        device=args.device,
+    )
+    command = [args.train_fox, *own, *options]
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     found = re.search(r"parameter hash ([0-9a-f]{16})", done.stdout)
     if done.returncode != 0 or not found:

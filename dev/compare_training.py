@@ -46,63 +46,28 @@ def split_name(name):
 
 
 def recipe(args, seed):
-    """train_fox's options of a run, but for the model."""
+    """train_fox's options of a run, but for the model and the data."""
     steps = int(args.tokens) // args.batch_tokens
-    return [
-        "-i",
-        args.data,
-        "-T",
-        args.context,
-        "-b",
-        args.micro_batch,
-        "-d",
-        args.batch_tokens,
-        "-x",
-        steps,
-        "-l",
-        args.lr,
-        "--warmup-tokens",
-        args.warmup_steps * args.batch_tokens,
-        "-v",
-        args.val_every,
-        "--val-batches",
-        args.val_sequences // args.micro_batch,
-        "--pruning-every",
-        args.val_every,
-        "--seed",
-        seed,
-    ]
+    return official.options(
+        T=args.context,
+        b=args.micro_batch,
+        d=args.batch_tokens,
+        x=steps,
+        l=args.lr,
+        warmup_tokens=args.warmup_steps * args.batch_tokens,
+        v=args.val_every,
+        val_batches=args.val_sequences // args.micro_batch,
+        pruning_every=args.val_every,
+        seed=seed,
+    )
 
 
 def initial_weights(args, model, seed, scratch):
     """A checkpoint folder with the weights that train_fox starts from with this seed."""
     out = scratch / f"init_{model}_{seed}"
-    if not out.exists():
-        official.run_ours(
-            args.train_fox,
-            model,
-            args.data,
-            out,
-            "-T",
-            64,
-            "-b",
-            1,
-            "-d",
-            64,
-            "-x",
-            1,
-            "-v",
-            0,
-            "-l",
-            official.TINY_RATE,
-            "--warmup-tokens",
-            0,
-            "--pruning-every",
-            0,
-            "--seed",
-            seed,
-        )
-    return official.newest_checkpoint(out)
+    if out.exists():
+        return official.newest_checkpoint(out)
+    return official.fresh_weights(args.train_fox, model, args.data, out, seed=seed)
 
 
 def records_of(path):
@@ -114,19 +79,8 @@ def run_ours(args, kind, seed, scratch):
     weights = initial_weights(args, args.baseline if baseline else args.model, seed, scratch)
     out = args.keep / f"{kind}@{seed}" if args.keep else scratch / "run"
     shutil.rmtree(out, ignore_errors=True)
-    records = official.run_ours(
-        args.train_fox,
-        weights,
-        args.data,
-        out,
-        *recipe(args, seed)[2:],
-        "--acp",
-        "off" if baseline else kind,
-        "--device",
-        args.device,
-        "-n",
-        0 if args.keep else -1,
-    )
+    options = official.options(acp="off" if baseline else kind, device=args.device, n=0 if args.keep else -1)
+    records = official.run_ours(args.train_fox, weights, args.data, out, *recipe(args, seed), *options)
     if not args.keep:
         shutil.rmtree(out)
     return records
@@ -135,24 +89,15 @@ def run_ours(args, kind, seed, scratch):
 def run_official(args, kind, seed, scratch):
     """In a process of its own, so that its memory is free afterwards. Its records come back even if it ends badly."""
     log = pathlib.Path(args.out).with_suffix(f".{kind}.jsonl")
-    command = [
-        sys.executable,
-        official.ROOT / "dev" / "train_official.py",
-        "--official",
-        args.official,
-        "--init",
-        initial_weights(args, args.model, seed, scratch),
-        "--acp",
-        "off" if kind == "official-off" else "paper",
-        "--out",
-        log,
-        "--seconds",
-        args.official_seconds,
-        "--",
-        "-e",
-        args.model,
-        *recipe(args, seed),
-    ]
+    options = official.options(
+        official=args.official,
+        init=initial_weights(args, args.model, seed, scratch),
+        acp="off" if kind == "official-off" else "paper",
+        out=log,
+        seconds=args.official_seconds,
+    )
+    command = [sys.executable, official.ROOT / "dev" / "train_official.py", *options, "--", "-e", args.model, "-i", args.data]
+    command += recipe(args, seed)
     done = subprocess.run(list(map(str, command)))
     if done.returncode != 0:
         print(f"{kind} ended with {done.returncode}", flush=True)
@@ -282,7 +227,7 @@ def main():
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="fox_training_"))
     try:
         for name, kind, seed in names:
-            plan = Plan(["-e", args.model, *map(str, recipe(args, seed))])
+            plan = Plan(["-e", args.model, "-i", args.data, *recipe(args, seed)])
             run = run_official if kind.startswith("official") else run_ours
             records = run(args, kind, seed, scratch)
             if not any(r["kind"] == "step" for r in records):

@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAGIC, HEADER_BYTES, DEFAULT_VOCAB = 20240520, 1024, 50257
 LOG_TOLERANCE = -10.0  # the default of --log-tolerance
 TINY_RATE = "1e-30"  # a learning rate that changes no weight: updates vanish in float32's rounding
+TIMING_RATE = "1e-8"  # one that changes none much, whatever is timed
 PRO = dict(hidden_ratio=3.5, use_output_gate=True, use_output_norm=True, qk_norm=True, use_k_shift=True, use_v_shift=True)
 PRESETS = {
     "fox-pro-125m": dict(hidden_size=768, num_hidden_layers=12, num_heads=12, **PRO),
@@ -87,6 +88,22 @@ def first_windows(where, T, count):
 # ---- our program
 
 
+def options(**values):
+    """Options of a command line: options(T=64, warmup_tokens=0) is ["-T", "64", "--warmup-tokens", "0"]. A list has several
+    values."""
+    words = []
+    for name, value in values.items():
+        words += ["-" + name if len(name) == 1 else "--" + name.replace("_", "-")]
+        words += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return words
+
+
+def timed_options(T, sequences, tokens, steps, acp):
+    """train_fox's options of a run whose steps are timed: `sequences` in a micro-batch, `tokens` in a step; nothing else runs, nothing
+    is written, and the weights stay as they are."""
+    return options(T=T, b=sequences, d=tokens, x=steps, l=TIMING_RATE, acp=acp, v=0, n=-1, pruning_every=0)
+
+
 def run_ours(program, checkpoint, data, out, *options):
     """Runs train_fox from a checkpoint folder; returns the records of its metrics.jsonl."""
     command = [str(program), "-i", str(data), "-e", str(checkpoint), "-o", str(out), "-n", "0", *map(str, options)]
@@ -94,6 +111,12 @@ def run_ours(program, checkpoint, data, out, *options):
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}")
     return [json.loads(line) for line in pathlib.Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def fresh_weights(program, model, data, out, **more):
+    """A checkpoint folder below `out` with the weights that train_fox starts from; more: further options."""
+    run_ours(program, model, data, out, *options(T=64, b=1, d=64, x=1, v=0, l=TINY_RATE, warmup_tokens=0, pruning_every=0, **more))
+    return newest_checkpoint(out)
 
 
 def device_of(records):

@@ -52,36 +52,21 @@ def ours_on_windows(args, checkpoint, windows, vocab_size, scratch):
     count, T = len(windows), windows.shape[1] - 1
     for i, window in enumerate(windows):
         official.write_shard(data / f"train_{i:04d}.bin", window, vocab_size)
-    records = official.run_ours(
-        args.train_fox,
-        checkpoint,
-        data,
-        out,
-        "-j",
-        data / "train_*.bin",
-        "-T",
-        T,
-        "-b",
-        1,
-        "-d",
-        T,
-        "-x",
-        count,
-        "-l",
-        official.TINY_RATE,
-        "--warmup-tokens",
-        0,
-        "-v",
-        count,
-        "--val-batches",
-        0,
-        "--pruning-every",
-        0,
-        "--acp",
-        "paper" if args.acp else "off",
-        "--device",
-        args.device,
+    options = official.options(
+        j=data / "train_*.bin",
+        T=T,
+        b=1,
+        d=T,
+        x=count,
+        l=official.TINY_RATE,
+        warmup_tokens=0,
+        v=count,
+        val_batches=0,
+        pruning_every=0,
+        acp="paper" if args.acp else "off",
+        device=args.device,
     )
+    records = official.run_ours(args.train_fox, checkpoint, data, out, *options)
     steps = [r for r in records if r["kind"] == "step"]
     validation = [r["loss"] for r in records if r["kind"] == "validation"][-1]
     pruned = np.mean([r["pruned"] or 0 for r in steps])

@@ -34,7 +34,6 @@ import official
 from impose_gates import impose_gates
 
 VOCAB_SIZE = 50257
-RATE = "1e-8"
 EMBEDDING_SCALE = 1000.0  # see impose_gates.py
 # A kernel belongs to the first group one of whose words is in its name.
 GROUPS = (
@@ -196,27 +195,7 @@ def write_start(args, folder):
     rng = np.random.default_rng(0)
     count = 4 * args.batch_tokens + args.context + 1
     official.write_shard(folder / "random_train.bin", rng.integers(0, VOCAB_SIZE, count), VOCAB_SIZE)
-    official.run_ours(
-        args.train_fox,
-        args.model,
-        folder / "random_train.bin",
-        folder / "start",
-        "-T",
-        64,
-        "-b",
-        1,
-        "-d",
-        64,
-        "-x",
-        1,
-        "-v",
-        0,
-        "-l",
-        official.TINY_RATE,
-        "--warmup-tokens",
-        0,
-    )
-    start = official.newest_checkpoint(folder / "start")
+    start = official.fresh_weights(args.train_fox, args.model, folder / "random_train.bin", folder / "start")
     tensors = safetensors.numpy.load_file(str(start / "model.safetensors"))
     impose_gates(tensors, embedding_scale=EMBEDDING_SCALE)
     official.write_checkpoint(folder / "checkpoint", json.loads((start / "config.json").read_text()), tensors)
@@ -225,34 +204,9 @@ def write_start(args, folder):
 
 
 def profile_ours(args, checkpoint, data, acp, folder):
-    command = [
-        args.train_fox,
-        "-i",
-        data,
-        "-e",
-        checkpoint,
-        "-o",
-        folder / "run",
-        "-T",
-        args.context,
-        "-b",
-        args.micro_batch or args.batch_tokens // args.context,
-        "-d",
-        args.batch_tokens,
-        "-x",
-        args.warmup + args.steps,
-        "-l",
-        RATE,
-        "--acp",
-        acp,
-        "-v",
-        0,
-        "-n",
-        0,
-        "--pruning-every",
-        0,
-        *args.extra,
-    ]
+    sequences = args.micro_batch or args.batch_tokens // args.context
+    options = official.timed_options(args.context, sequences, args.batch_tokens, args.warmup + args.steps, acp)
+    command = [args.train_fox, "-i", data, "-e", checkpoint, "-o", folder / "run", *options, *args.extra]
     if args.ncu:
         traced = trace_with_ncu(command, "adamw_kernel", args.warmup)
     else:
@@ -264,26 +218,17 @@ def profile_ours(args, checkpoint, data, acp, folder):
 
 def profile_official(args, acp, folder):
     """The official program in dev/bench_official.py, which makes the same start for itself."""
-    command = [
-        sys.executable,
-        official.ROOT / "dev" / "bench_official.py",
-        "--official",
-        args.official,
-        "--model",
-        args.model,
-        "-T",
-        args.context,
-        "--batch-tokens",
-        args.batch_tokens,
-        "--micro-batch",
-        args.micro_batch,
-        "--acp",
-        acp,
-        "--steps",
-        args.steps,
-        "--warmup",
-        args.warmup,
-    ]
+    options = official.options(
+        official=args.official,
+        model=args.model,
+        T=args.context,
+        batch_tokens=args.batch_tokens,
+        micro_batch=args.micro_batch,
+        acp=acp,
+        steps=args.steps,
+        warmup=args.warmup,
+    )
+    command = [sys.executable, official.ROOT / "dev" / "bench_official.py", *options]
     return summarize(trace(command, "FusedAdam", args.warmup, folder))
 
 

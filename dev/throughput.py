@@ -32,7 +32,6 @@ import numpy as np
 import official
 import profile_step
 
-RATE = "1e-8"
 KEY = ("program", "model", "context", "acp", "weights")
 
 
@@ -72,7 +71,7 @@ def batch_of(args, T):
 
 def options_of(args):
     """train_fox's options that all runs have."""
-    return ["-n", -1, "--data-order", "file", "-r", args.recompute, "--device", args.device]
+    return official.options(data_order="file", r=args.recompute, device=args.device)
 
 
 def time_ours(args, folder, model, T, acp):
@@ -80,29 +79,8 @@ def time_ours(args, folder, model, T, acp):
     row = dict(program="ours", model=model, context=T, acp=acp, batch_tokens=tokens)
     out = folder / "run"
     try:
-        records = official.run_ours(
-            args.train_fox,
-            folder / "checkpoint",
-            folder / "random_train.bin",
-            out,
-            "-T",
-            T,
-            "-b",
-            sequences,
-            "-d",
-            tokens,
-            "-x",
-            args.warmup + args.steps,
-            "-l",
-            RATE,
-            "--acp",
-            acp,
-            "-v",
-            0,
-            "--pruning-every",
-            0,
-            *options_of(args),
-        )
+        options = official.timed_options(T, sequences, tokens, args.warmup + args.steps, acp)
+        records = official.run_ours(args.train_fox, folder / "checkpoint", folder / "random_train.bin", out, *options, *options_of(args))
     except SystemExit as error:
         if "GiB of GPU memory" not in str(error) and "out of memory" not in str(error):
             raise
@@ -152,27 +130,11 @@ def profile_ours(args, folder, T, acp):
 
 
 def official_command(args, folder, model, contexts, tokens, acp, steps, warmup):
-    return [
-        sys.executable,
-        official.ROOT / "dev" / "bench_official.py",
-        "--official",
-        args.official,
-        "--model",
-        model,
-        "--start",
-        folder,
-        "-T",
-        *contexts,
-        "--acp",
-        *acp,
-        "--batch-tokens",
-        tokens,
-        "--steps",
-        steps,
-        "--warmup",
-        warmup,
-        *(["--recompute"] if args.recompute == 2 else []),
-    ]
+    options = official.options(
+        official=args.official, model=model, start=folder, T=contexts, acp=acp, batch_tokens=tokens, steps=steps, warmup=warmup
+    )
+    command = [sys.executable, official.ROOT / "dev" / "bench_official.py", *options]
+    return command + (["--recompute"] if args.recompute == 2 else [])
 
 
 def time_official(args, folder, model):

@@ -20,6 +20,7 @@ from checks import Checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
+from official import options  # noqa: E402
 from train_official import Plan  # noqa: E402
 
 ROW, CHUNK, BEGIN = 65536, 2048, 50256
@@ -65,26 +66,7 @@ def official_batch(data, T, batch_rows, batch):
 
 def plan_of(data, T, batch_rows, steps):
     """What train_fox reads at every step."""
-    return Plan(
-        [
-            "-i",
-            str(data),
-            "-e",
-            "fox-pro-tiny",
-            "-T",
-            str(T),
-            "-b",
-            "1",
-            "-d",
-            str(batch_rows * T),
-            "-x",
-            str(steps),
-            "--data-order",
-            "file",
-            "--val-batches",
-            "0",
-        ]
-    )
+    return Plan(options(i=data, e="fox-pro-tiny", T=T, b=1, d=batch_rows * T, x=steps, data_order="file", val_batches=0))
 
 
 def header_of(path):
@@ -151,34 +133,8 @@ def check_chunk_rows(t, folder):
     found = np.fromfile(out / "longcrawl64_train_000000.bin", dtype="<u2", offset=1024).reshape(4160, T + 1)
     t.check((found[:, 0] == BEGIN).all(), "every window begins with 50256")
     t.check(np.array_equal(found[:2080, 1:], data[:, :T]) and np.array_equal(found[2080:, 1:], data[:, T:]), "rows across chunks")
-    run = t.run(
-        [
-            ROOT / "train_fox",
-            "-i",
-            out,
-            "-o",
-            folder / "run",
-            "-e",
-            "fox-pro-tiny",
-            "-T",
-            T,
-            "-b",
-            1,
-            "-d",
-            T,
-            "-x",
-            1,
-            "-n",
-            0,
-            "-v",
-            0,
-            "--data-order",
-            "file",
-            "--device",
-            "cpu",
-        ],
-        "a run on them",
-    )
+    given = options(i=out, o=folder / "run", e="fox-pro-tiny", T=T, b=1, d=T, x=1, n=0, v=0, data_order="file", device="cpu")
+    run = t.run([ROOT / "train_fox", *given], "a run on them")
     t.check("done at step 1 of 1" in run, f"a run on them: {run[-300:]}")
     t.fails([*CONVERT, source, "-o", folder / "no", "-T", T, "--tokens", 2080 * 4096 + T], "0.2: this chunk is missing", "a missing chunk")
     t.check(not list((folder / "no").glob("*.bin")), "nothing is written for a missing chunk")
@@ -204,13 +160,13 @@ def check_bad_arrays(t, source, folder):
         about = json.loads((source / "train.zarr" / ".zarray").read_text())
         (bad / "train.zarr" / ".zarray").write_text(json.dumps({**about, key: value}))
         t.fails([*CONVERT, bad, "-o", folder / "no"], words, f"an array with {key} {value}")
-    for options, words in (
+    for given, words in (
         (["-T", 3000], "divisor of 65536"),
         (["--tokens", 5], "not one window"),
         (["--val-tokens", 1000], "multiple of 65536"),
         (["--val-tokens", 36 * ROW], "at most"),
     ):
-        t.fails([*CONVERT, source, "-o", folder / "no", *options], words, f"options {options}")
+        t.fails([*CONVERT, source, "-o", folder / "no", *given], words, f"options {given}")
     t.fails([sys.executable, "-S", CONVERT[1], source], "numpy is missing", "conversion without packages")
     import zarr
 

@@ -21,6 +21,7 @@ from checks import Checks
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
 import throughput  # noqa: E402
+from official import options  # noqa: E402
 
 ENVIRONMENT = dict(os.environ, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
 
@@ -157,52 +158,12 @@ def check_throughput(t, folder):
         [ROOT / "make_shards", "-o", folder / "data", "--extensions", "c,h,md", "--val-fraction", "0.1", ROOT / "train", ROOT / "docs"],
         "make_shards",
     )
-    t.run(
-        [
-            ROOT / "train_fox",
-            "-i",
-            folder / "data",
-            "-o",
-            folder / "run",
-            "-e",
-            "fox-pro-tiny",
-            "-T",
-            256,
-            "-d",
-            512,
-            "-x",
-            2,
-            "-v",
-            0,
-            "--device",
-            "cpu",
-            "-n",
-            0,
-        ],
-        "a trained checkpoint",
-    )
+    trained = options(i=folder / "data", o=folder / "run", e="fox-pro-tiny", T=256, d=512, x=2, v=0, n=0, device="cpu")
+    t.run([ROOT / "train_fox", *trained], "a trained checkpoint")
     checkpoint = folder / "run" / "step_00000002"
-    t.run(
-        [
-            *script,
-            "--models",
-            "fox-pro-tiny",
-            "-T",
-            512,
-            "--acp",
-            "tight",
-            "--checkpoint",
-            checkpoint,
-            "--data",
-            folder / "data",
-            "--merge",
-            one.with_suffix(".json"),
-            "--out",
-            both,
-        ],
-        "throughput of a checkpoint",
-        env=ENVIRONMENT,
-    )
+    given = options(models="fox-pro-tiny", T=512, acp="tight", checkpoint=checkpoint, data=folder / "data")
+    given += options(merge=one.with_suffix(".json"), out=both)
+    t.run([*script, *given], "throughput of a checkpoint", env=ENVIRONMENT)
     merged = json.loads(both.with_suffix(".json").read_text())["rows"]
     t.equal([r["weights"] for r in merged], ["gates", "gates", f"checkpoint {checkpoint}"], "throughput: merged rows")
     t.equal(merged[:2], rows, "throughput: merged rows are taken over")
@@ -212,14 +173,14 @@ def check_throughput(t, folder):
         f"Weights: checkpoint {checkpoint}" in text and f"{merged[0]['tokens_per_s']:,.0f}" in text and text.count("fox-pro-tiny ") == 2,
         f"throughput: text {text}",
     )
-    for options, words in (
+    for given, words in (
         (["--checkpoint", checkpoint], "belong together"),
         (["--official", folder], "no src/forgetting_transformer"),
         (["-T", 300], "multiple of every context"),
         (["--models"], "nothing was measured"),
         (["--checkpoint", folder, "--data", folder], "the folder of one checkpoint"),
     ):
-        t.fails([*script, "--models", "fox-pro-tiny", *options, "--out", folder / "no"], words, f"throughput {options}", env=ENVIRONMENT)
+        t.fails([*script, "--models", "fox-pro-tiny", *given, "--out", folder / "no"], words, f"throughput {given}", env=ENVIRONMENT)
     t.fails(script, "Python packages are missing", "throughput without packages", env=dict(ENVIRONMENT, PYTHON="false"))
 
 
@@ -228,27 +189,9 @@ def check_quality(t, folder):
     environment = dict(
         ENVIRONMENT, OUT=str(out), KEEP=str(keep), TOKENS="2560", RUNS="off paper@2 transformer paper", GPUS="0 1", OMP_NUM_THREADS="1"
     )
-    script = [
-        "bash",
-        ROOT / "scripts" / "run_quality_125m.sh",
-        folder / "data",
-        "--model",
-        "fox-pro-tiny",
-        "--baseline",
-        "fox-pro-tiny",
-        "-T",
-        64,
-        "--batch-tokens",
-        128,
-        "--warmup-steps",
-        2,
-        "--val-every",
-        10,
-        "--val-sequences",
-        8,
-        "--device",
-        "cpu",
-    ]
+    recipe = options(model="fox-pro-tiny", baseline="fox-pro-tiny", T=64, batch_tokens=128, warmup_steps=2, val_every=10)
+    recipe += options(val_sequences=8, device="cpu")
+    script = ["bash", ROOT / "scripts" / "run_quality_125m.sh", folder / "data", *recipe]
     said = t.run(script, "quality", env=environment)
     result = json.loads(out.with_suffix(".json").read_text())
     t.equal(list(result["runs"]), ["off", "paper", "paper@2", "transformer"], "quality: runs")

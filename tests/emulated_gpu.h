@@ -74,6 +74,7 @@ static void wait_until(Ready ready) {
     }
 }
 
+/* Counts this thread; goes on at once. threads: that meet. */
 static void arrive(Meeting *m, int threads) {
     block->events++;
     if (++m->arrived == threads) {
@@ -82,12 +83,14 @@ static void arrive(Meeting *m, int threads) {
     }
 }
 
+/* Counts this thread and waits for the others. */
 static void meet(Meeting *m, int threads) {
     int round = m->round;
     arrive(m, threads);
     wait_until([=] { return m->round != round; });
 }
 
+/* A thread from begin to end, on its own stack; never returns. */
 static void run_thread(void) {
     block->kernel();
     block->events++;
@@ -96,7 +99,7 @@ static void run_thread(void) {
     _longjmp(block->scheduler, 1);
 }
 
-/* Begins thread i on a stack of its own; comes back when it waits or has ended. */
+/* Begins the current thread on a stack of STACK bytes; never returns: the scheduler goes on where it was set. */
 static void begin_thread(char *stack) {
     ucontext_t start;
     getcontext(&start);
@@ -136,7 +139,8 @@ static void run_block(char *stacks) {
     }
 }
 
-/* cudaLaunchKernelEx */
+/* cudaLaunchKernelEx: runs every block to its end, one after the other. One-dimensional blocks, two-dimensional grids; fox_die
+ * where the launch is larger than a block may be, or its threads wait for ever. */
 template <typename... Parameters, typename... Args>
 static cudaError_t launch(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...), const Args &...args) {
     static char *stacks = FOX_NEW(char, (int64_t)MOST_THREADS * STACK); /* only what is used takes memory */
@@ -158,12 +162,13 @@ static cudaError_t launch(const cudaLaunchConfig_t *config, void (*kernel)(Param
     return cudaSuccess;
 }
 
-/* What every lane of the warp gives, one after the other. */
+/* A value of every lane of a warp. */
 template <typename Value>
 struct Lanes {
     Value of[WARP];
 };
 
+/* What every lane of this warp calls it with; all 32 must call it. */
 template <typename Value>
 static Lanes<Value> gather(const Value &x) {
     static_assert(sizeof(Value) <= sizeof(uint64_t), "values of at most 8 bytes expected");

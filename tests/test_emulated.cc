@@ -6,12 +6,10 @@
 #include "emulated_instructions.h"
 
 #include "../acp_attention.cuh"
-#include "../cpu/acp.h"
 #include "check.h"
+#include "naive_attention.h"
 
 #include <vector>
-
-typedef std::vector<double> Doubles;
 
 /* Tensors of one case: q, k and v packed into rows of 3 H D values and some more, as the model has them. */
 struct Case {
@@ -82,80 +80,52 @@ struct Errors {
     }
 };
 
-/* One head by the formulas, over the pairs that `first` keeps. */
-static void compare_head(const Case &c, int bh, const int *first, Errors *errors) {
-    int T = c.shape.T, H = c.shape.H, D = c.shape.D, b = bh / H, h = bh % H;
-    auto in = [&](int which, int t, int i) {
-        return value_of(c.qkv[(size_t)((b * T + t) * c.stride + which * c.width + h * D + i)]);
-    };
-    auto out = [&](const std::vector<uint16_t> &x, int t, int i) {
-        return value_of(x[(size_t)((b * T + t) * c.width + h * D + i)]);
-    };
-    Doubles decay((size_t)T), dq((size_t)(T * D)), dk((size_t)(T * D)), dv((size_t)(T * D)), dc((size_t)T);
-    for (int t = 0; t < T; t++) {
-        decay[(size_t)t] = (t > 0 ? decay[(size_t)t - 1] : 0) + (double)c.log_f[(size_t)(bh * T + t)];
+/* Head bh of a tensor as floats [T, D]; rows of the tensor are `stride` values apart, its heads begin at `column`. */
+static std::vector<float> head_of(const Case &c, int bh, const std::vector<uint16_t> &x, int64_t stride, int64_t column) {
+    int T = c.shape.T, H = c.shape.H, D = c.shape.D;
+    std::vector<float> head((size_t)(T * D));
+    for (int i = 0; i < T * D; i++) {
+        head[(size_t)i] = (float)value_of(x[(size_t)((bh / H * T + i / D) * stride + column + bh % H * D + i % D)]);
     }
-    for (int i = 0; i < T; i++) {
-        int begin = first[i / ACP_BLOCK] * ACP_BLOCK;
-        Doubles p((size_t)i + 1), dp((size_t)i + 1), o((size_t)D);
-        double mass = 0, delta = 0;
-        for (int j = begin; j <= i; j++) {
-            double s = 0;
-            for (int e = 0; e < D; e++) {
-                s += in(0, i, e) * in(1, j, e);
-                dp[(size_t)j] += out(c.dout, i, e) * in(2, j, e);
-            }
-            mass += p[(size_t)j] = exp(s / sqrt(D) + decay[(size_t)i] - decay[(size_t)j]);
-        }
-        for (int j = begin; j <= i; j++) {
-            p[(size_t)j] /= mass;
-            delta += p[(size_t)j] * dp[(size_t)j];
-            for (int e = 0; e < D; e++) {
-                o[(size_t)e] += p[(size_t)j] * in(2, j, e);
-            }
-        }
-        for (int j = begin; j <= i; j++) {
-            double ds = p[(size_t)j] * (dp[(size_t)j] - delta);
-            dc[(size_t)i] += ds;
-            dc[(size_t)j] -= ds;
-            for (int e = 0; e < D; e++) {
-                dq[(size_t)(i * D + e)] += ds * in(1, j, e) / sqrt(D);
-                dk[(size_t)(j * D + e)] += ds * in(0, i, e) / sqrt(D);
-                dv[(size_t)(j * D + e)] += p[(size_t)j] * out(c.dout, i, e);
-            }
-        }
-        errors->add(LSE, (double)c.lse[(size_t)(bh * T + i)], log(mass));
-        for (int e = 0; e < D; e++) {
-            errors->add(O, out(c.o, i, e), o[(size_t)e]);
-        }
-    }
-    double sum = 0;
-    for (int t = T - 1; t >= 0; t--) {
-        sum += dc[(size_t)t];
-        errors->add(DLOG_F, (double)c.dlog_f[(size_t)(bh * T + t)], sum);
-        for (int e = 0; e < D; e++) {
-            errors->add(DQ, out(c.dq, t, e), dq[(size_t)(t * D + e)]);
-            errors->add(DK, out(c.dk, t, e), dk[(size_t)(t * D + e)]);
-            errors->add(DV, out(c.dv, t, e), dv[(size_t)(t * D + e)]);
-        }
-    }
+    return head;
 }
 
-/* The ranges are those of cpu/acp.h, but for a block where float32 rounds the tight bound the other way; and how much is
- * skipped is counted. */
+/* q, k or v (0, 1, 2) of a head. */
+static std::vector<float> input_of(const Case &c, int bh, int which) {
+    return head_of(c, bh, c.qkv, c.stride, which * c.width);
+}
+
+/* One head against the definition, over the pairs that `first` keeps. */
+static void compare_head(const Case &c, int bh, const int *first, Errors *errors) {
+    int T = c.shape.T, D = c.shape.D;
+    std::vector<float> q = input_of(c, bh, 0), k = input_of(c, bh, 1), v = input_of(c, bh, 2);
+    std::vector<float> dout = head_of(c, bh, c.dout, c.width, 0);
+    std::vector<double> log_f(c.log_f.begin() + bh * T, c.log_f.begin() + (bh + 1) * T);
+    NaiveAttention n = naive_attention(q.data(), k.data(), v.data(), log_f.data(), dout.data(), T, D, first, ACP_BLOCK);
+    const std::vector<uint16_t> *found[] = {&c.o, &c.dq, &c.dk, &c.dv};
+    const double *expected[] = {n.o, n.dq, n.dk, n.dv};
+    for (int output = O; output <= DV; output++) {
+        std::vector<float> head = head_of(c, bh, *found[output], c.width, 0);
+        for (int i = 0; i < T * D; i++) {
+            errors->add(output, (double)head[(size_t)i], expected[output][i]);
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        errors->add(LSE, (double)c.lse[(size_t)(bh * T + t)], n.lse[t]);
+        errors->add(DLOG_F, (double)c.dlog_f[(size_t)(bh * T + t)], n.dlogf[t]);
+    }
+    naive_attention_free(&n);
+}
+
+/* The ranges of a head are those of cpu/acp.h, but for a block where float32 rounds the tight bound the other way. */
 static void check_ranges(Tests *t, const Case &c, const char *what, int bh, const int *first, const int *last) {
-    int T = c.shape.T, H = c.shape.H, D = c.shape.D, blocks = acp_num_blocks(&c.shape), apart = 0, wrong = 0;
+    int T = c.shape.T, D = c.shape.D, blocks = acp_num_blocks(&c.shape), apart = 0, wrong = 0;
     std::vector<int> expected((size_t)blocks, 0), expected_last((size_t)blocks);
-    std::vector<float> q((size_t)(T * D)), k((size_t)(T * D));
+    std::vector<float> q = input_of(c, bh, 0), k = input_of(c, bh, 1);
     const double *decay;
     const int *unused;
     acp_saved_views(&c.shape, (void *)c.saved.data(), &decay, &unused, &unused);
     decay += (int64_t)bh * T;
-    for (int i = 0; i < T * D; i++) {
-        size_t at = (size_t)((bh / H * T + i / D) * c.stride + bh % H * D + i % D);
-        q[(size_t)i] = (float)value_of(c.qkv[at]);
-        k[(size_t)i] = (float)value_of(c.qkv[at + (size_t)c.width]);
-    }
     AcpHead head = {T, D, q.data(), k.data(), D, decay};
     if (c.shape.mode == ACP_PAPER) {
         double delta = acp_threshold(sqrt((double)D) * ACP_ROUNDING, T, c.shape.log_tolerance);
@@ -172,6 +142,7 @@ static void check_ranges(Tests *t, const Case &c, const char *what, int bh, cons
     check(t, wrong == 0 && apart <= 1, "%s, head %d: ranges, %d wrong, %d blocks apart", what, bh, wrong, apart);
 }
 
+/* Forward and backward of one shape by the real launchers. portable: the kernels for every chip; mu: of the gates. */
 static void test_case(Tests *t, int B, int T, int H, int D, AcpMode mode, bool portable, double mu) {
     static const char *const names[] = {"o", "dq", "dk", "dv", "lse", "d log f"}, *const modes[] = {"off", "paper", "tight"};
     static const double limits[] = {4e-3, 8e-3, 8e-3, 4e-3, 1e-5, 2e-3};

@@ -5,6 +5,7 @@
 #include "../cpu/decode.h"
 #include "check.h"
 #include "gradients.h"
+#include "naive_attention.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -229,50 +230,6 @@ static void test_invariances(Tests *t) {
 
 /* ---- attention against the definition ---- */
 
-/* One head of forgetting attention and its gradients by the definition, in double precision. dout: [T, D]. */
-typedef struct NaiveAttention {
-    double *o, *dq, *dk, *dv, *dlogf; /* [T, D] and [T] */
-} NaiveAttention;
-
-static NaiveAttention naive_attention(const float *q, const float *k, const float *v, const double *logf, const float *dout, int T,
-                                      int D) {
-    NaiveAttention n = {FOX_NEW(double, T * D), FOX_NEW(double, T * D), FOX_NEW(double, T * D), FOX_NEW(double, T * D),
-                        FOX_NEW(double, T)};
-    double *p = FOX_NEW(double, T), *dp = FOX_NEW(double, T);
-    for (int i = 0; i < T; i++) {
-        double decay = 0, sum = 0, mean = 0, high = -INFINITY;
-        for (int j = i; j >= 0; j--) {
-            p[j] = acp_dot(q + i * D, k + j * D, D) / sqrt((double)D) + decay;
-            high = fmax(high, p[j]);
-            decay += logf[j];
-        }
-        for (int j = 0; j <= i; j++) {
-            p[j] = exp(p[j] - high);
-            sum += p[j];
-        }
-        for (int j = 0; j <= i; j++) {
-            p[j] /= sum;
-            dp[j] = acp_dot(dout + i * D, v + j * D, D);
-            mean += p[j] * dp[j];
-        }
-        double suffix = 0; /* of dS over keys before l: what log f[l] gains, for every l <= i */
-        for (int j = 0; j <= i; j++) {
-            double ds = p[j] * (dp[j] - mean);
-            n.dlogf[j] += suffix;
-            suffix += ds;
-            for (int x = 0; x < D; x++) {
-                n.o[i * D + x] += p[j] * (double)v[j * D + x];
-                n.dv[j * D + x] += p[j] * (double)dout[i * D + x];
-                n.dq[i * D + x] += ds * (double)k[j * D + x] / sqrt((double)D);
-                n.dk[j * D + x] += ds * (double)q[i * D + x] / sqrt((double)D);
-            }
-        }
-    }
-    free(p);
-    free(dp);
-    return n;
-}
-
 /* Relative, but no smaller unit than 0.03 per element: at T = 1 the gradients of q and k are zero. */
 static double error_against(const float *a, const double *ref, int64_t count) {
     double diff = 0, norm = 0;
@@ -309,7 +266,7 @@ static void attention_case(Tests *t, int T, int D, int gates, AcpMode acp, uint6
     attention_head_forward(o, lse, q, k, v, c, first, T, D, D);
     attention_head_backward(dq, dk, dv, dc, dout, q, k, v, c, o, lse, first, T, D, D);
     forget_gate_backward(df, dbias, dc, f, 1, T, 1);
-    NaiveAttention n = naive_attention(q, k, v, logf, dout, T, D);
+    NaiveAttention n = naive_attention(q, k, v, logf, dout, T, D, NULL, 0);
     for (int i = 0; i < T; i++) {
         n.dlogf[i] /= 1 + exp((double)f[i]); /* by the logit */
     }
@@ -321,13 +278,14 @@ static void attention_case(Tests *t, int T, int D, int gates, AcpMode acp, uint6
     check_error(t, "attention dv", error_against(dv, n.dv, T * D), allowed);
     check_error(t, "attention d log f", error_against(df, n.dlogf, T), 5 * allowed);
     float *all[] = {q, k, v, dout, o, lse, f, dq, dk, dv, df};
-    double *doubles[] = {c, dc, logf, n.o, n.dq, n.dk, n.dv, n.dlogf};
+    double *doubles[] = {c, dc, logf};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         free(all[i]);
     }
     for (size_t i = 0; i < sizeof doubles / sizeof doubles[0]; i++) {
         free(doubles[i]);
     }
+    naive_attention_free(&n);
     free(first);
 }
 
