@@ -643,9 +643,8 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
 }
 
 /* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among
- * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels. The order
- * within a level may differ from run to run; results do not depend on it. rows: in a tile, as in AcpSaved.order,
- * multiples of 64, so that a tile may begin in the middle of a block. */
+ * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels, stable. rows:
+ * in a tile, as in AcpSaved.order, multiples of 64, so that a tile may begin in the middle of a block. */
 struct AcpOrder {
     int T, blocks, BH, rows[3];
     AcpSaved saved;
@@ -661,36 +660,41 @@ struct AcpOrder {
     }
 };
 
-/* grid (3), 1024 threads */
-static __global__ void acp_order_kernel(const __grid_constant__ AcpOrder o) {
-    enum { LEVELS = 64 };
-    __shared__ int place[LEVELS];
-    int which = blockIdx.x, count = o.BH * o.tiles(which);
-    if (threadIdx.x < LEVELS) {
-        place[threadIdx.x] = 0;
-    }
+/* A counting sort: every warp has one stretch of tiles, and a column of `place`: how many of its tiles have a level, then
+ * where the next of them goes. grid (3), 1024 threads */
+static __global__ void __launch_bounds__(1024) acp_order_kernel(const __grid_constant__ AcpOrder o) {
+    enum { LEVELS = 64, WARPS = 32 };
+    __shared__ int place[LEVELS][WARPS + 1], scratch[WARPS]; /* a word more: levels of a warp in different banks */
+    int which = blockIdx.x, count = o.BH * o.tiles(which), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    int stretch = (count + 1023) / 1024 * 32, begin = warp * stretch, end = min(begin + stretch, count);
+    /* Takes a place for every tile of this warp, in their order: use(tile, place). */
+    auto take_places = [&](auto use) {
+        for (int i0 = begin; i0 < end; i0 += 32) {
+            int i = i0 + lane, level = i < end ? o.length(which, i) * LEVELS / o.blocks : -1;
+            unsigned same = __match_any_sync(0xffffffffu, level), before = same & ((1u << lane) - 1);
+            int at = level >= 0 ? place[level][warp] : 0;
+            __syncwarp();
+            if (level >= 0) {
+                use(i, at + __popc(before));
+            }
+            if (level >= 0 && before == 0) {
+                place[level][warp] = at + __popc(same);
+            }
+            __syncwarp();
+        }
+    };
+    place[warp][lane] = place[warp + 32][lane] = 0;
     acp_begin();
     __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += 1024) {
-        atomicAdd(&place[o.length(which, i) * LEVELS / o.blocks], 1);
-    }
+    take_places([](int, int) {});
     __syncthreads();
-    if (threadIdx.x < 32) { /* two levels a lane, from the longest down: where each begins */
-        int *own = place + LEVELS - 2 - 2 * threadIdx.x, longer = own[1], both = longer + own[0], end = both;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            int before = __shfl_up_sync(0xffffffffu, end, step);
-            end += (int)threadIdx.x >= step ? before : 0;
-        }
-        own[1] = end - both;
-        own[0] = end - both + longer;
-    }
+    /* where each begins: two numbers a thread, from the longest level's first warp on */
+    int *own = &place[LEVELS - 1 - tid / 16][tid % 16 * 2], counts[2] = {own[0], own[1]};
+    int end_of_own = acp_block_scan(counts[0] + counts[1], scratch, AcpAdd());
+    own[1] = end_of_own - counts[1];
+    own[0] = own[1] - counts[0];
     __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += 1024) {
-        o.saved.order[which][atomicAdd(&place[o.length(which, i) * LEVELS / o.blocks], 1)] = i;
-    }
+    take_places([&](int tile, int at) { o.saved.order[which][at] = tile; });
 }
 
 /* base_m - base_n */

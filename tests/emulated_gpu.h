@@ -237,6 +237,19 @@ static inline int __any_sync(unsigned, int x) {
     return any;
 }
 
+static inline unsigned __match_any_sync(unsigned, int x) {
+    unsigned same = 0;
+    auto all = emulated::gather(x);
+    for (int i = 0; i < emulated::WARP; i++) {
+        same |= (unsigned)(all.of[i] == x) << i;
+    }
+    return same;
+}
+
+static inline int __popc(unsigned x) {
+    return __builtin_popcount(x);
+}
+
 static inline unsigned __reduce_add_sync(unsigned, unsigned x) {
     unsigned sum = 0;
     for (unsigned y : emulated::gather(x).of) {

@@ -9,6 +9,8 @@
 #include "check.h"
 #include "naive_attention.h"
 
+#include <algorithm>
+#include <numeric>
 #include <vector>
 
 /* Tensors of one case: q, k and v packed into rows of 3 H D values and some more, as the model has them. */
@@ -187,8 +189,43 @@ static void test_case(Tests *t, int B, int T, int H, int D, AcpMode mode, bool p
     fflush(stdout);
 }
 
+/* Thread blocks start longest first (to a 64th of the longest there can be), and otherwise in order; of each kind of tiles
+ * all are there. Random ranges. rows: in a tile of each kind. */
+static void test_order(Tests *t, int BH, int T, int rows0, int rows1, int rows2) {
+    const int rows[3] = {rows0, rows1, rows2};
+    AcpShape shape = {1, T, BH, 64, ACP_PAPER, -10, false, false};
+    std::vector<char> memory((size_t)acp_saved_bytes(&shape), (char)0xee);
+    int64_t bytes;
+    int blocks = acp_num_blocks(&shape);
+    AcpSaved saved = acp_saved(&shape, memory.data(), &bytes);
+    for (int i = 0; i < BH * blocks; i++) {
+        int block = i % blocks, draw = (int)(fox_random(7, (uint64_t)i) % 5);
+        saved.first[i] = draw == 0 ? 0 : std::max(block - draw, 0);
+        saved.last[i] = draw == 1 ? blocks - 1 : std::min(block + draw, blocks - 1);
+    }
+    acp_run_order({NULL, NULL, NULL, 0, T, BH, blocks, BH}, saved, true, rows0, rows1, rows2, 0);
+    for (int which = 0; which < 3; which++) {
+        int tiles = (T + rows[which] - 1) / rows[which], wrong = 0;
+        auto level = [&](int i) {
+            int row = i / tiles * blocks, begin = i % tiles * rows[which], end = std::min(begin + rows[which], T) - 1;
+            int first = begin / ACP_BLOCK, last = end / ACP_BLOCK;
+            return (which == 1 ? saved.last[row + last] - first : last - saved.first[row + first]) * 64 / blocks;
+        };
+        std::vector<int> expected((size_t)(BH * tiles));
+        std::iota(expected.begin(), expected.end(), 0);
+        std::stable_sort(expected.begin(), expected.end(), [&](int a, int b) { return level(a) > level(b); });
+        for (int i = 0; i < BH * tiles; i++) {
+            wrong += saved.order[which][i] != expected[(size_t)i];
+        }
+        check(t, wrong == 0, "order of %d tiles of %d rows (kind %d): %d wrong", BH * tiles, rows[which], which, wrong);
+    }
+}
+
 int main(void) {
     Tests t = {};
+    test_order(&t, 1, 1, 192, 128, 128);
+    test_order(&t, 7, 25605, 192, 128, 128); /* more tiles than the sort has threads */
+    test_order(&t, 33, 4096, 128, 128, 192);
     for (int mode = ACP_OFF; mode <= ACP_TIGHT; mode++) {
         for (int portable = 0; portable < 2; portable++) {
             for (int D = 64; D <= 128; D += 64) {
