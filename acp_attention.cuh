@@ -77,6 +77,7 @@ typedef struct AcpSaved {
     float *bound; /* [BH], on |s_ij|; infinite where it is not known */
     /* [BH * blocks] each, the longest first: row * tiles + tile; of queries (forward), of keys, of queries (dQ) */
     int *order[3];
+    unsigned *next; /* [3], of each order: how far thread blocks that stay have come; 0 between launches */
 } AcpSaved;
 
 /* Shared by all layers; forward and backward use different parts at different times. */
@@ -117,6 +118,7 @@ static inline AcpSaved acp_saved(const AcpShape *shape, void *memory, int64_t *b
     for (int i = 0; i < 3; i++) {
         s.order[i] = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     }
+    s.next = (unsigned *)acp_take(start, &used, 3, sizeof(unsigned));
     *bytes = used;
     return s;
 }
@@ -643,8 +645,8 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
 }
 
 /* The order in which thread blocks start: the longest first, else a long one that starts last is waited for; among
- * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels, stable. rows:
- * in a tile, as in AcpSaved.order, multiples of 64, so that a tile may begin in the middle of a block. */
+ * equals, neighbours of one head, which share keys and values in the cache. Sorted by length in 64 levels, stable.
+ * rows: in a tile, as in AcpSaved.order, multiples of 64, so that a tile may begin in the middle of a block. */
 struct AcpOrder {
     int T, blocks, BH, rows[3];
     AcpSaved saved;
@@ -660,8 +662,8 @@ struct AcpOrder {
     }
 };
 
-/* A counting sort: every warp has one stretch of tiles, and a column of `place`: how many of its tiles have a level, then
- * where the next of them goes. grid (3), 1024 threads */
+/* A counting sort: every warp has one stretch of tiles, and a column of `place`: how many of its tiles have a level,
+ * then where the next of them goes. grid (3), 1024 threads */
 static __global__ void __launch_bounds__(1024) acp_order_kernel(const __grid_constant__ AcpOrder o) {
     enum { LEVELS = 64, WARPS = 32 };
     __shared__ int place[LEVELS][WARPS + 1], scratch[WARPS]; /* a word more: levels of a warp in different banks */
@@ -685,6 +687,9 @@ static __global__ void __launch_bounds__(1024) acp_order_kernel(const __grid_con
     };
     place[warp][lane] = place[warp + 32][lane] = 0;
     acp_begin();
+    if (tid == 0) {
+        o.saved.next[which] = 0;
+    }
     __syncthreads();
     take_places([](int, int) {});
     __syncthreads();
@@ -793,6 +798,14 @@ static bool acp_on_hopper(const AcpShape *shape) {
     return !shape->portable && kernel.ptxVersion == 90 && kernel.numRegs >= 100;
 }
 
+/* Thread blocks that stay until all tiles are taken: one for each multiprocessor. */
+static unsigned acp_staying(int tiles) {
+    int device, processors;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    return (unsigned)(tiles < processors ? tiles : processors);
+}
+
 /* The order of thread blocks for the kernels that follow, in forward and backward. */
 static void acp_run_order(const AcpInputs &in, const AcpSaved &saved, bool early, int queries, int keys, int dq_queries,
                           cudaStream_t stream) {
@@ -811,9 +824,9 @@ static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaS
     }
     using Traits = HopperForward<D>;
     acp_run_order(args.in, args.saved, true, Traits::QUERIES, HopperDkdv<D>::KEYS, HopperDq<D>::QUERIES, stream);
-    HopperForwardArgs hopper = hopper_forward_args<D>(shape, args);
-    acp_launch(true, hopper_forward_kernel<D>, args.in.BH * hopper.tiles, Traits::THREADS,
-               sizeof(HopperForwardShared<D>), stream, hopper);
+    int tiles = (args.in.T + Traits::QUERIES - 1) / Traits::QUERIES;
+    acp_launch(true, hopper_forward_kernel<D>, acp_staying(args.in.BH * tiles), Traits::THREADS,
+               sizeof(HopperForwardShared<D>), stream, hopper_forward_args<D>(shape, args));
 }
 
 /* The one place where backward kernels are chosen: dq, with offset and delta; then dk, dv and work.dc. */
@@ -836,8 +849,8 @@ static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStr
         return;
     }
     int tiles = (args.in.T + HopperDkdv<D>::KEYS - 1) / HopperDkdv<D>::KEYS;
-    acp_launch(true, hopper_dkdv_kernel<D>, args.in.BH * tiles, HopperDkdv<D>::THREADS, sizeof(HopperDkdvShared<D>),
-               stream, hopper_backward_args<D>(shape, args));
+    acp_launch(true, hopper_dkdv_kernel<D>, acp_staying(args.in.BH * tiles), HopperDkdv<D>::THREADS,
+               sizeof(HopperDkdvShared<D>), stream, hopper_backward_args<D>(shape, args));
 }
 
 template <int D>

@@ -10,7 +10,9 @@
  * One kernel for all would need five products for seven here, but dS would go through shared memory and dQ through
  * atomic sums in memory. As it is, P and dS never leave the registers: they are made there as the left operands of what
  * follows. The first kernel also finds the row sums of dS, which correct delta for the second (see acp_attention.cuh).
- */
+ *
+ * The thread blocks of the second stay and take one tile after the other. Those of the first end with their tile: what a
+ * loop over tiles has to keep does not fit beside its accumulators. */
 #ifndef FOX_HOPPER_BACKWARD_CUH
 #define FOX_HOPPER_BACKWARD_CUH
 
@@ -111,7 +113,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             hopper_arrive_bytes(&shared.q_full, 2 * Traits::TILE);
             hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
             hopper_load_tile<D, Traits::QUERIES>(shared.dout, args.dout, b, h, q0, &shared.q_full);
-            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, first_step(q0), end);
+            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, first_step(q0), end, 0);
         }
     } else {
         hopper_more_registers<Traits::REGISTERS>();
@@ -270,7 +272,8 @@ struct HopperDkdv {
                          COPY_REGISTERS = 24;
     static constexpr int KEYS = 64 * WARPGROUPS, QUERIES = 64,
                          STAGES = D == 64 ? 6 : 4; /* queries per step; steps in flight */
-    static constexpr int TILE = KEYS * D * 2, PANEL = KEYS * 128, Q_PANEL = QUERIES * 128, Q_TILE = QUERIES * D * 2;
+    static constexpr int TILE = KEYS * D * 2, PANEL = KEYS * 128, Q_PANEL = QUERIES * 128, Q_TILE = QUERIES * D * 2,
+                         BUFFERS = D == 64 ? 2 : 1; /* of keys and values */
     /* where registers allow it: S of the next step is computed under the weights of this one; K stays in registers */
     static constexpr bool AHEAD = D == 64, KEEP = D == 64;
 };
@@ -278,11 +281,11 @@ struct HopperDkdv {
 template <int D>
 struct alignas(1024) HopperDkdvShared {
     using Traits = HopperDkdv<D>;
-    unsigned char k[Traits::TILE], v[Traits::TILE]; /* then dK, dV */
+    unsigned char k[Traits::BUFFERS][Traits::TILE], v[Traits::BUFFERS][Traits::TILE]; /* then dK, dV */
     unsigned char q[Traits::STAGES][Traits::Q_TILE], dout[Traits::STAGES][Traits::Q_TILE];
     float offset[Traits::STAGES][Traits::QUERIES], delta[Traits::STAGES][Traits::QUERIES]; /* with Q, with dO */
     HopperRing<Traits::STAGES> q_ring, dout_ring;
-    uint64_t k_full;
+    HopperTiles<Traits::BUFFERS> tiles;
 };
 
 template <int D>
@@ -296,45 +299,57 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
     if (threadIdx.x == 0) {
-        hopper_barrier_init(&shared.k_full, 1);
+        shared.tiles.init(4 * WARPGROUPS);
         shared.q_ring.init(4 * WARPGROUPS);
         shared.dout_ring.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     acp_begin();
-    int place = hopper_uniform(p.saved.order[1][blockIdx.x]), tiles = (in.T + Traits::KEYS - 1) / Traits::KEYS;
-    int k0 = place % tiles * Traits::KEYS, bh = place / tiles, b = bh / in.H, h = bh % in.H;
-    /* steps: from the first key's own query to the last query that sees the last key, which is looked up behind loads
-     * that need not wait for it */
-    auto last_step = [&](int key) {
-        int last = p.saved.last[(int64_t)bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK];
+    __syncthreads();
+    auto last_step = [&](int bh, int key) { /* with queries that see this key; the first step is a tile's own rows */
+        int last = p.saved.last[bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK];
         return (min(in.T, (last + 1) * ACP_BLOCK) - 1) / QUERIES;
     };
-    int begin = k0 / QUERIES;
-    __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
-        if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            int row = bh * in.blocks * ACP_BLOCK;
-            hopper_arrive_bytes(&shared.k_full, 2 * Traits::TILE);
-            hopper_load_tile<D, Traits::KEYS>(shared.k, args.k, b, h, k0, &shared.k_full);
-            hopper_load_tile<D, Traits::KEYS>(shared.v, args.v, b, h, k0, &shared.k_full);
-            int end = last_step(k0 + Traits::KEYS - 1);
-            int i = 0;
-            do { /* the first is under way before `end` is needed */
-                int stage = i % STAGES, query = (begin + i) * QUERIES;
+        if (threadIdx.x % HOPPER_WARPGROUP > 0) {
+            return;
+        }
+        for (int j = 0, i = 0;; j++) {
+            HopperTile t = shared.tiles.take(j, in, p.saved.order[1], p.saved.next + 1, Traits::KEYS);
+            t.edge = t.bh < 0 ? 0 : last_step(t.bh, t.start + Traits::KEYS - 1);
+            t.step = i;
+            shared.tiles.tell(j, t);
+            if (t.bh < 0) {
+                return;
+            }
+            int row = t.bh * in.blocks * ACP_BLOCK, buffer = j % Traits::BUFFERS, m = t.start / QUERIES;
+            uint64_t *there = shared.tiles.ring.announce(j, 2 * Traits::TILE);
+            hopper_load_tile<D, Traits::KEYS>(shared.k[buffer], args.k, t.b, t.h, t.start, there);
+            hopper_load_tile<D, Traits::KEYS>(shared.v[buffer], args.v, t.b, t.h, t.start, there);
+            do { /* the first is under way before the edge is needed */
+                int stage = i % STAGES, query = m * QUERIES;
                 uint64_t *full = shared.q_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.offset[0]);
-                hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, b, h, query, full);
+                hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, t.b, t.h, query, full);
                 hopper_load_floats<QUERIES>(shared.offset[stage], args.offset, row + query, full);
                 full = shared.dout_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.delta[0]);
-                hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, b, h, query, full);
+                hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, t.b, t.h, query, full);
                 hopper_load_floats<QUERIES>(shared.delta[stage], args.delta, row + query, full);
-            } while (++i <= end - begin);
+                i++;
+            } while (++m <= t.edge);
         }
-    } else {
-        hopper_more_registers<Traits::REGISTERS>();
+    }
+    hopper_more_registers<Traits::REGISTERS>();
+    for (int j = 0;; j++) {
+        const HopperTile &t = shared.tiles.await_told(j);
+        if (t.bh < 0) {
+            break;
+        }
+        const int bh = hopper_uniform(t.bh), k0 = hopper_uniform(t.start);
+        unsigned char *own_k = shared.k[j % Traits::BUFFERS] + group * 64 * 128,
+                      *own_v = shared.v[j % Traits::BUFFERS] + group * 64 * 128;
         const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
         const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32;
@@ -342,13 +357,15 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             row = thread / 32 * 16 + lane / 4; /* this thread's keys: row0 + row, and 8 further */
         bool inside = row0 < in.T;
         /* what is looked up, all on its way before the first is waited for */
-        int tile_last = last_step(k0 + Traits::KEYS - 1), own_last = last_step(row0);
+        int own_last = last_step(bh, row0);
         const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         const float *lifts = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         const float lift[2] = {lifts[0], lifts[8]};
-        int end = hopper_uniform(tile_last), own_end = inside ? hopper_uniform(own_last) : begin - 1;
-        uint32_t k = hopper_operand(hopper_shared(shared.k) + group * 64 * 128, Traits::PANEL);
-        uint32_t v = hopper_operand(hopper_shared(shared.v) + group * 64 * 128, Traits::PANEL);
+        int m = k0 / QUERIES, first = m - hopper_uniform(t.step); /* queries m: step m - first of the rings */
+        int end = hopper_uniform(t.edge);
+        int own_end = inside ? hopper_uniform(own_last) : m - 1;
+        uint32_t k = hopper_operand(hopper_shared(own_k), Traits::PANEL);
+        uint32_t v = hopper_operand(hopper_shared(own_v), Traits::PANEL);
         uint32_t q = hopper_operand(hopper_shared(shared.q), Traits::Q_PANEL);
         uint32_t dout = hopper_operand(hopper_shared(shared.dout), Traits::Q_PANEL);
         float even[N], odd[N], dp[N], dk[D / 2], dv[D / 2], sum[2] = {0, 0};
@@ -359,12 +376,12 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             dv[i] = 0;
         }
         auto skip = [&](int m) {
-            shared.q_ring.skip(m - begin);
-            shared.dout_ring.skip(m - begin);
+            shared.q_ring.skip(m - first);
+            shared.dout_ring.skip(m - first);
         };
         auto add_dk = [&](int m) {
             hopper_products_begin();
-            hopper_product_ab<QUERIES>(dk, ds, q + (m - begin) % STAGES * hopper_apart(Traits::Q_TILE));
+            hopper_product_ab<QUERIES>(dk, ds, q + (m - first) % STAGES * hopper_apart(Traits::Q_TILE));
             hopper_products_commit();
         };
         auto finish_dk = [&](int m) {
@@ -374,17 +391,17 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_products_wait<0>();
             hopper_hold(dk);
             hopper_hold(ds);
-            shared.q_ring.release(m - begin);
+            shared.q_ring.release(m - first);
         };
         auto start_s = [&](auto &acc, int m) {
-            shared.q_ring.await(m - begin);
+            shared.q_ring.await(m - first);
             hopper_start_abt<D, Traits::KEYS, QUERIES, Traits::KEEP>(
-                acc, k, k_rows, q + (m - begin) % STAGES * hopper_apart(Traits::Q_TILE));
+                acc, k, k_rows, q + (m - first) % STAGES * hopper_apart(Traits::Q_TILE));
         };
         /* Some queries: P and dV, dS; with the product dK of the step before under way (`behind`). Ahead, s is there at
          * the start, and S of the step after is computed into `after`; behind the last, once more its own. */
         auto step = [&](int m, auto &s, auto &after, auto diagonal, auto behind) {
-            int stage = (m - begin) % STAGES;
+            int stage = (m - first) % STAGES;
             float shift = acp_shift(base[m * QUERIES / ACP_BLOCK], own_base),
                   key[2] = {lift[0] + shift, lift[1] + shift};
             const float *offsets = shared.offset[stage] + lane % 4 * 2, *deltas = shared.delta[stage] + lane % 4 * 2;
@@ -394,7 +411,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
                     add_dk(m - 1);
                 }
             }
-            shared.dout_ring.await(m - begin);
+            shared.dout_ring.await(m - first);
             hopper_start_abt<D, Traits::KEYS, QUERIES, false>(dp, v, k_rows,
                                                               dout + stage * hopper_apart(Traits::Q_TILE));
             if (Traits::AHEAD) {
@@ -430,7 +447,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_hold(dp);
             hopper_hold(ds);
             if (behind) {
-                shared.q_ring.release(m - 1 - begin);
+                shared.q_ring.release(m - 1 - first);
             }
 #pragma unroll
             for (int i = 0; i < N; i += 4) {
@@ -446,13 +463,12 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             hopper_hold(dv);
             hopper_hold(weights);
             hopper_hold(after);
-            shared.dout_ring.release(m - begin);
+            shared.dout_ring.release(m - first);
         };
-        hopper_wait(&shared.k_full, 0);
+        shared.tiles.ring.await(j);
         if (Traits::KEEP) {
-            hopper_take_rows(k_rows, hopper_shared(shared.k) + group * 64 * 128);
+            hopper_take_rows(k_rows, hopper_shared(own_k));
         }
-        int m = begin;
         for (; m < row0 / QUERIES && m <= end; m++) {
             skip(m);
         }
@@ -488,14 +504,13 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
                     p.work.dc[(int64_t)bh * in.blocks * ACP_BLOCK + row0 + row + i * 8] = -total;
                 }
             }
-            hopper_store_rows<D>(dk, roots, shared.k + group * 64 * 128, Traits::PANEL, args.dk, b, h, row0,
-                                 HOPPER_OWN + group);
-            hopper_store_rows<D>(dv, ones, shared.v + group * 64 * 128, Traits::PANEL, args.dv, b, h, row0,
-                                 HOPPER_OWN + group);
+            hopper_store_rows<D>(dk, roots, own_k, Traits::PANEL, args.dk, t.b, t.h, row0, HOPPER_OWN + group);
+            hopper_store_rows<D>(dv, ones, own_v, Traits::PANEL, args.dv, t.b, t.h, row0, HOPPER_OWN + group);
         }
         for (; m <= end; m++) {
             skip(m);
         }
+        shared.tiles.ring.release(j);
     }
 #endif
 }

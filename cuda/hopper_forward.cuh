@@ -1,6 +1,7 @@
 /* Forgetting attention on Hopper: the forward pass of acp_attention.cuh on wgmma and TMA. Included there.
  *
- * A thread block takes one tile of queries: one warpgroup copies (the producer), the others compute, 64 queries each.
+ * A thread block stays and takes one tile of queries after the other: one warpgroup copies (the producer), the others
+ * compute, 64 queries each.
  *
  *     producer     Q;  then, from the diagonal leftwards to the pruned edge, K (with its lift) and V of each key block
  *     warpgroups   S = Q K^T of block n;  O += P V of block n + 1, while P of block n is made;  ...  O / sum, lse
@@ -21,15 +22,15 @@ struct HopperForward {
     static constexpr int THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP;
     /* of a computing thread and of a copying one: together what all threads have at the start */
     static constexpr int REGISTERS = D == 64 ? 160 : 240, COPY_REGISTERS = D == 64 ? 32 : 24;
-    static constexpr int Q_PANEL = QUERIES * 128, K_PANEL = ACP_BLOCK * 128;
+    static constexpr int Q_PANEL = QUERIES * 128, K_PANEL = ACP_BLOCK * 128, BUFFERS = 2; /* of queries */
 };
 
 template <int D>
 struct alignas(1024) HopperForwardShared {
     using Traits = HopperForward<D>;
-    unsigned char q[Traits::QUERIES * D * 2]; /* then O */
+    unsigned char q[Traits::BUFFERS][Traits::QUERIES * D * 2]; /* then O */
     HopperKeys<D, ACP_BLOCK, Traits::STAGES> keys;
-    uint64_t q_full;
+    HopperTiles<Traits::BUFFERS> tiles;
 };
 
 /* Softmax may be taken relative to anything while nothing overflows. With |s_ij| <= U, no logit exceeds the largest of
@@ -40,7 +41,6 @@ enum { HOPPER_FIXED = 30 };
 struct HopperForwardArgs {
     CUtensorMap q, k, v, o, lift;
     AcpForward p;
-    int tiles; /* of one row */
 };
 
 template <int D>
@@ -51,8 +51,7 @@ static inline HopperForwardArgs hopper_forward_args(const AcpShape *shape, const
             hopper_tensor_map(p.in.v, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.o, B, T, H, D, (int64_t)H * D),
             hopper_vector_map(p.saved.lift, (int64_t)B * H * p.in.blocks * ACP_BLOCK),
-            p,
-            (T + HopperForward<D>::QUERIES - 1) / HopperForward<D>::QUERIES};
+            p};
 }
 
 /* P = exp2(t + offset), in place; adds to the row sums. */
@@ -105,29 +104,45 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     const AcpInputs &in = args.p.in;
     const AcpSaved &saved = args.p.saved;
     if (threadIdx.x == 0) {
-        hopper_barrier_init(&shared.q_full, 1);
+        shared.tiles.init(4 * WARPGROUPS);
         shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     acp_begin();
-    int place = hopper_uniform(saved.order[0][blockIdx.x]), q0 = place % args.tiles * Traits::QUERIES,
-        bh = place / args.tiles;
-    int b = bh / in.H, h = bh % in.H;
-    const int *first = saved.first + (int64_t)bh * in.blocks;
-    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / ACP_BLOCK; /* begin is looked up behind loads that need not wait */
     __syncthreads();
+    auto last_block = [&](int query) { /* of a tile that begins there */
+        return (min(in.T, query + Traits::QUERIES) - 1) / ACP_BLOCK;
+    };
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
-        if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            hopper_arrive_bytes(&shared.q_full, sizeof shared.q);
-            hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
-            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, first[q0 / ACP_BLOCK],
-                             end);
+        if (threadIdx.x % HOPPER_WARPGROUP > 0) {
+            return;
         }
-    } else {
-        hopper_more_registers<Traits::REGISTERS>();
+        for (int j = 0, step = 0;; j++) {
+            HopperTile t = shared.tiles.take(j, in, saved.order[0], saved.next, Traits::QUERIES);
+            t.edge = t.bh < 0 ? 0 : saved.first[t.bh * in.blocks + t.start / ACP_BLOCK];
+            t.step = step;
+            shared.tiles.tell(j, t);
+            if (t.bh < 0) {
+                return;
+            }
+            hopper_load_tile<D, Traits::QUERIES>(shared.q[j % Traits::BUFFERS], args.q, t.b, t.h, t.start,
+                                                 shared.tiles.ring.announce(j, sizeof shared.q[0]));
+            step = shared.keys.copy(args.k, args.v, args.lift, t.b, t.h, t.bh * in.blocks * ACP_BLOCK, t.edge,
+                                    last_block(t.start), step);
+        }
+    }
+    hopper_more_registers<Traits::REGISTERS>();
+    HopperTurns<WARPGROUPS> turns(group);
+    for (int j = 0;; j++) {
+        const HopperTile &t = shared.tiles.await_told(j);
+        if (t.bh < 0) {
+            break;
+        }
+        const int bh = hopper_uniform(t.bh), q0 = hopper_uniform(t.start);
+        unsigned char *own_q = shared.q[j % Traits::BUFFERS] + group * 64 * 128;
         const float scale = (float)ACP_LOG2E * acp_root<D>();
         const float2 *base = saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32, warp = thread / 32;
@@ -135,23 +150,22 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         bool inside = row0 < in.T;
         int block = inside ? row0 / ACP_BLOCK : 0;
         /* what is looked up, all on its way before the first is waited for */
-        int tile_first = first[q0 / ACP_BLOCK], own_first = first[block];
+        int own_first = saved.first[bh * in.blocks + block];
         const float2 own_base = base[block];
         bool fixed = saved.bound[bh] <= (float)HOPPER_FIXED;
+        int n = last_block(q0), last = hopper_uniform(t.step) + n; /* block n: step last - n of the rings */
+        int begin = hopper_uniform(t.edge);
         /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
-        int begin = hopper_uniform(tile_first);
         int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(own_first) : begin;
-        HopperTurns<WARPGROUPS> turns(group);
         auto skip = [&](int n) {
             turns.take();
             turns.pass();
-            shared.keys.skip(end - n);
+            shared.keys.skip(last - n);
         };
-        uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::Q_PANEL);
+        uint32_t q = hopper_operand(hopper_shared(own_q), Traits::Q_PANEL);
         uint32_t k = hopper_operand(hopper_shared(shared.keys.k), Traits::K_PANEL),
                  v = hopper_operand(hopper_shared(shared.keys.v), Traits::K_PANEL);
-        hopper_wait(&shared.q_full, 0);
-        int n = end;
+        shared.tiles.ring.await(j);
         for (; n > top; n--) {
             skip(n);
         }
@@ -162,8 +176,8 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             auto diagonal = [&](auto half) {
                 constexpr int SEEN = half ? 32 : 64; /* of s, of this thread */
                 auto &seen = reinterpret_cast<float(&)[SEEN]>(s);
-                int stage = (end - n) % STAGES;
-                shared.keys.k_ring.await(end - n);
+                int stage = (last - n) % STAGES;
+                shared.keys.k_ring.await(last - n);
                 turns.take();
                 hopper_products_begin();
                 hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(seen, q, k + stage * hopper_apart(TILE));
@@ -173,7 +187,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 hopper_hold(seen);
                 hopper_decay<true, true>(seen, shared.keys.lift[stage] + lane % 4 * 2, scale, row,
                                          n * ACP_BLOCK + lane % 4 * 2, high);
-                shared.keys.k_ring.release(end - n);
+                shared.keys.k_ring.release(last - n);
                 float offset[2] = {-high[0], -high[1]};
                 hopper_weights(seen, offset, sum);
 #pragma unroll
@@ -193,16 +207,16 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             }
             /* One key block; `fixed`: relative to the largest logit of the block on the diagonal, not of all so far. */
             auto step = [&](auto fixed) {
-                int stage = (end - n) % STAGES, behind = (end - n - 1) % STAGES;
+                int stage = (last - n) % STAGES, behind = (last - n - 1) % STAGES;
                 float shift = acp_shift(own_base, base[n]);
-                shared.keys.k_ring.await(end - n);
+                shared.keys.k_ring.await(last - n);
                 turns.take();
                 hopper_hold(o);
                 hopper_hold(p);
                 hopper_products_begin();
                 hopper_product_abt<D, Traits::QUERIES, ACP_BLOCK>(s, q, k + stage * hopper_apart(TILE));
                 hopper_products_commit();
-                shared.keys.v_ring.await(end - n - 1);
+                shared.keys.v_ring.await(last - n - 1);
                 hopper_products_begin();
                 hopper_product_ab<ACP_BLOCK>(o, p, v + behind * hopper_apart(TILE));
                 hopper_products_commit();
@@ -212,7 +226,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 float offset[2] = {shift - high[0], shift - high[1]}, fade[2] = {1, 1},
                       reach[2] = {-INFINITY, -INFINITY};
                 hopper_decay<false, !fixed>(s, shared.keys.lift[stage] + lane % 4 * 2, scale, 0, 0, reach);
-                shared.keys.k_ring.release(end - n);
+                shared.keys.k_ring.release(last - n);
                 if (!fixed) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
@@ -228,7 +242,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 hopper_products_wait<0>();
                 hopper_hold(o);
                 hopper_hold(p);
-                shared.keys.v_ring.release(end - n - 1);
+                shared.keys.v_ring.release(last - n - 1);
                 if (!fixed) {
 #pragma unroll
                     for (int i = 0; i < D / 2; i++) {
@@ -251,31 +265,31 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             for (int i = 0; i < 2; i++) {
                 lift[i] = saved.lift[(int64_t)bh * in.blocks * ACP_BLOCK + row + i * 8];
             }
-            shared.keys.v_ring.await(end - n - 1);
+            shared.keys.v_ring.await(last - n - 1);
             hopper_hold(o);
             hopper_hold(p);
             hopper_products_begin();
-            hopper_product_ab<ACP_BLOCK>(o, p, v + (end - n - 1) % STAGES * hopper_apart(TILE));
+            hopper_product_ab<ACP_BLOCK>(o, p, v + (last - n - 1) % STAGES * hopper_apart(TILE));
             hopper_products_commit();
             hopper_products_wait<0>();
             hopper_hold(o);
-            shared.keys.v_ring.release(end - n - 1);
+            shared.keys.v_ring.release(last - n - 1);
 
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float total = acp_quad_sum(sum[i]);
-                int t = row + i * 8;
-                if (lane % 4 == 0 && t < in.T) {
-                    args.p.lse[(int64_t)bh * in.T + t] = (float)ACP_LN2 * ((high[i] - lift[i]) + log2f(total));
+                int query = row + i * 8;
+                if (lane % 4 == 0 && query < in.T) {
+                    args.p.lse[(int64_t)bh * in.T + query] = (float)ACP_LN2 * ((high[i] - lift[i]) + log2f(total));
                 }
                 sum[i] = 1.0f / total;
             }
-            hopper_store_rows<D>(o, sum, shared.q + group * 64 * 128, Traits::Q_PANEL, args.o, b, h, row0,
-                                 HOPPER_OWN + group);
+            hopper_store_rows<D>(o, sum, own_q, Traits::Q_PANEL, args.o, t.b, t.h, row0, HOPPER_OWN + group);
         }
         for (; n >= begin; n--) {
             skip(n);
         }
+        shared.tiles.ring.release(j);
     }
 #endif
 }

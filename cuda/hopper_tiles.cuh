@@ -77,12 +77,18 @@ struct HopperRing {
             hopper_barrier_init(&empty[s], warps);
         }
     }
-    /* The copying thread: waits until the place of step i is free and announces `bytes` of copies, which complete on
-     * the barrier returned. */
-    __device__ __forceinline__ uint64_t *refill(int i, int bytes) {
+    /* The copying thread: waits until the place of step i is free. */
+    __device__ __forceinline__ void await_free(int i) {
         hopper_wait(&empty[i % STAGES], i / STAGES % 2 ^ 1);
+    }
+    /* Then announces `bytes` of copies, which complete on the barrier returned. */
+    __device__ __forceinline__ uint64_t *announce(int i, int bytes) {
         hopper_arrive_bytes(&full[i % STAGES], bytes);
         return &full[i % STAGES];
+    }
+    __device__ __forceinline__ uint64_t *refill(int i, int bytes) {
+        await_free(i);
+        return announce(i, bytes);
     }
     /* A computing warp: waits for the tile; gives its place back. */
     __device__ __forceinline__ void await(int i) {
@@ -97,6 +103,49 @@ struct HopperRing {
     __device__ __forceinline__ void skip(int i) {
         await(i);
         release(i);
+    }
+};
+
+/* What a thread block computes: a tile of rows of one head, and the blocks of rows that stream by for it. */
+struct HopperTile {
+    int bh, b, h, start; /* row of attention, sequence, head; first row of the tile. bh < 0: no tile is left */
+    int edge, step;      /* the last block to stream by; step of the first one in the rings */
+};
+
+/* The tiles of a thread block that stays until all are taken. While one is computed, the next is chosen and what it
+ * needs first is copied, so that products need not wait for the end of one tile and the beginning of the next. Tile j
+ * lies in place j % BUFFERS. */
+template <int BUFFERS>
+struct HopperTiles {
+    HopperRing<BUFFERS> ring;
+    uint64_t known[BUFFERS]; /* which tile it is, before it is there */
+    HopperTile told[BUFFERS];
+
+    /* By one thread. warps: that compute. */
+    __device__ __forceinline__ void init(int warps) {
+        ring.init(warps);
+        for (int i = 0; i < BUFFERS; i++) {
+            hopper_barrier_init(&known[i], 1);
+        }
+    }
+    /* The copying thread: takes tile j out of `order`, the longest first; a head's tiles are of `rows` rows. `next`
+     * counts those taken after the first of each thread block; it is 0 again when all have found that none is left. */
+    __device__ __forceinline__ HopperTile take(int j, const AcpInputs &in, const int *order, unsigned *next, int rows) {
+        int tiles = (in.T + rows - 1) / rows, count = tiles * in.BH;
+        int i = j == 0 ? (int)blockIdx.x : (int)gridDim.x + (int)atomicInc(next, (unsigned)count - 1);
+        int tile = i < count ? order[i] : 0, bh = tile / tiles;
+        return {i < count ? bh : -1, bh / in.H, bh % in.H, tile % tiles * rows, 0, 0};
+    }
+    /* The copying thread: tells the others of tile j as soon as there is a place for it. */
+    __device__ __forceinline__ void tell(int j, const HopperTile &tile) {
+        ring.await_free(j);
+        told[j % BUFFERS] = tile;
+        hopper_arrive(&known[j % BUFFERS]);
+    }
+    /* The others: tile j; it stays until they have released place j of the ring. */
+    __device__ __forceinline__ const HopperTile &await_told(int j) {
+        hopper_wait(&known[j % BUFFERS], j / BUFFERS % 2);
+        return told[j % BUFFERS];
     }
 };
 
@@ -140,7 +189,7 @@ static __device__ __forceinline__ void hopper_load_floats(float *to, const CUten
     }
 }
 
-/* The keys and values of one head on their way: blocks of KEYS rows, last to first, each K with its lift. */
+/* Keys and values on their way: blocks of KEYS rows of one head, last to first, each K with its lift. */
 template <int D, int KEYS, int STAGES>
 struct alignas(1024) HopperKeys {
     static constexpr int TILE = KEYS * D * 2;
@@ -152,18 +201,20 @@ struct alignas(1024) HopperKeys {
         k_ring.init(warps);
         v_ring.init(warps);
     }
-    /* The copying thread: blocks end, end - 1, ... begin of head h of sequence b, whose lift begins at `row`. The first
-     * is under way before `begin` is needed, which may still be on its way from memory. */
-    __device__ __forceinline__ void copy(const CUtensorMap &k_map, const CUtensorMap &v_map,
-                                         const CUtensorMap &lift_map, int b, int h, int row, int begin, int end) {
+    /* The copying thread: blocks end, end - 1, ... begin of head h of sequence b, whose lift begins at `row`, as steps
+     * from, from + 1, ...; returns the step behind them. The first is under way before `begin` is needed, which may
+     * still be on its way from memory. */
+    __device__ __forceinline__ int copy(const CUtensorMap &k_map, const CUtensorMap &v_map, const CUtensorMap &lift_map,
+                                        int b, int h, int row, int begin, int end, int from) {
         int i = 0;
         do {
-            int stage = i % STAGES, key = (end - i) * KEYS;
-            uint64_t *full = k_ring.refill(i, TILE + (int)sizeof lift[0]);
+            int stage = (from + i) % STAGES, key = (end - i) * KEYS;
+            uint64_t *full = k_ring.refill(from + i, TILE + (int)sizeof lift[0]);
             hopper_load_tile<D, KEYS>(k[stage], k_map, b, h, key, full);
             hopper_load_floats<KEYS>(lift[stage], lift_map, row + key, full);
-            hopper_load_tile<D, KEYS>(v[stage], v_map, b, h, key, v_ring.refill(i, TILE));
+            hopper_load_tile<D, KEYS>(v[stage], v_map, b, h, key, v_ring.refill(from + i, TILE));
         } while (++i <= end - begin);
+        return from + i;
     }
     __device__ __forceinline__ void skip(int i) {
         k_ring.skip(i);

@@ -201,6 +201,8 @@ static cudaError_t attributes(cudaFuncAttributes *found) {
 #define cudaLaunchKernelEx emulated::launch
 #define cudaFuncSetAttribute(...) cudaSuccess
 #define cudaFuncGetAttributes(found, kernel) emulated::attributes(found)
+#define cudaGetDevice(device) (*(device) = 0, cudaSuccess)
+#define cudaDeviceGetAttribute(value, attribute, device) ((void)(device), *(value) = 2, cudaSuccess) /* processors */
 #define cudaGetErrorString(status) "an error"
 
 /* ---- what device code has ---- */
@@ -256,6 +258,12 @@ static inline unsigned __reduce_add_sync(unsigned, unsigned x) {
         sum += y;
     }
     return sum;
+}
+
+static inline unsigned atomicInc(unsigned *p, unsigned most) {
+    unsigned old = *p;
+    *p = old >= most ? 0 : old + 1;
+    return old;
 }
 
 template <typename Value>

@@ -412,12 +412,26 @@ static void ranks_signal(Tests *t, const RankFixture *f, int launcher, int victi
     ranks_check_rest(t, f, what, hash);
 }
 
+/* Whether mpirun passes SIGUSR1 on to its ranks, as its manual says: not every build does. */
+static bool ranks_passes_on(const RankFixture *f) {
+    char command[1200];
+    run_put(&f->run, "ask.sh", "trap 'exit 0' USR1\nkill -USR1 $PPID\nfor i in 1 2 3 4; do sleep 0.5; done\nexit 7\n", 0);
+    snprintf(command, sizeof command, "mpirun --oversubscribe -np 1 /bin/sh %s/ask.sh", f->run.root);
+    bool passes = run_command(&f->run, command) == 0;
+    if (!passes) {
+        printf("ranks: mpirun here does not pass SIGUSR1 on: not tested\n");
+    }
+    return passes;
+}
+
 static void test_ranks_signals(Tests *t, const RankFixture *f, const char *hash) {
     ranks_signal(t, f, 0, 3, SIGTERM, 0, hash);
     ranks_signal(t, f, 0, -1, SIGTERM, 0, hash);
     if (f->count > 1) {
         ranks_signal(t, f, 1, 0, SIGTERM, 0, hash);
-        ranks_signal(t, f, 1, -1, SIGUSR1, 0, hash);
+        if (ranks_passes_on(f)) {
+            ranks_signal(t, f, 1, -1, SIGUSR1, 0, hash);
+        }
         ranks_signal(t, f, 1, -1, SIGTERM, 1, hash);
         ranks_signal(t, f, 1, -1, SIGKILL, -SIGKILL, hash); // the ranks notice that mpirun is gone
     }
