@@ -299,7 +299,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
     if (threadIdx.x == 0) {
-        shared.tiles.init(4 * WARPGROUPS);
+        shared.tiles.init(HOPPER_WARPGROUP * WARPGROUPS);
         shared.q_ring.init(4 * WARPGROUPS);
         shared.dout_ring.init(4 * WARPGROUPS);
         hopper_barriers_ready();
@@ -510,7 +510,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         for (; m <= end; m++) {
             skip(m);
         }
-        shared.tiles.ring.release(j);
+        shared.tiles.release(j);
     }
 #endif
 }

@@ -104,7 +104,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     const AcpInputs &in = args.p.in;
     const AcpSaved &saved = args.p.saved;
     if (threadIdx.x == 0) {
-        shared.tiles.init(4 * WARPGROUPS);
+        shared.tiles.init(HOPPER_WARPGROUP * WARPGROUPS);
         shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
@@ -289,7 +289,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         for (; n >= begin; n--) {
             skip(n);
         }
-        shared.tiles.ring.release(j);
+        shared.tiles.release(j);
     }
 #endif
 }

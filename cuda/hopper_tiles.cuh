@@ -70,11 +70,11 @@ template <int STAGES>
 struct HopperRing {
     uint64_t full[STAGES], empty[STAGES];
 
-    /* By one thread. warps: that compute. */
-    __device__ __forceinline__ void init(int warps) {
+    /* By one thread. releases: of a place, by all who compute. */
+    __device__ __forceinline__ void init(int releases) {
         for (int s = 0; s < STAGES; s++) {
             hopper_barrier_init(&full[s], 1);
-            hopper_barrier_init(&empty[s], warps);
+            hopper_barrier_init(&empty[s], releases);
         }
     }
     /* The copying thread: waits until the place of step i is free. */
@@ -121,9 +121,9 @@ struct HopperTiles {
     uint64_t known[BUFFERS]; /* which tile it is, before it is there */
     HopperTile told[BUFFERS];
 
-    /* By one thread. warps: that compute. */
-    __device__ __forceinline__ void init(int warps) {
-        ring.init(warps);
+    /* By one thread. threads: that compute. */
+    __device__ __forceinline__ void init(int threads) {
+        ring.init(threads);
         for (int i = 0; i < BUFFERS; i++) {
             hopper_barrier_init(&known[i], 1);
         }
@@ -142,10 +142,13 @@ struct HopperTiles {
         told[j % BUFFERS] = tile;
         hopper_arrive(&known[j % BUFFERS]);
     }
-    /* The others: tile j; it stays until they have released place j of the ring. */
+    /* The others: tile j, until every one of their threads has released it. */
     __device__ __forceinline__ const HopperTile &await_told(int j) {
         hopper_wait(&known[j % BUFFERS], j / BUFFERS % 2);
         return told[j % BUFFERS];
+    }
+    __device__ __forceinline__ void release(int j) {
+        hopper_arrive(&ring.empty[j % BUFFERS]);
     }
 };
 
