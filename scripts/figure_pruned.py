@@ -23,7 +23,7 @@ def draw(run):
     axis.set_ylim(0, 100)
     axis.set_xlabel("training tokens, millions")
     axis.set_ylabel("blocks skipped, %")
-    axis.set_title(f"{options['model']}, T = {options['context']:,}, --acp {options['acp']}")
+    axis.set_title(f"T = {options['context']:,}, --acp {options['acp']}")
     axis.legend(ncols=1 + layers.shape[1] // 13, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -27,11 +27,12 @@ if ! command -v mpirun >/dev/null; then
 fi
 # Where the program is built without MPI, this is how the ranks that mpirun starts meet.
 export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-$((20000 + $$ % 12000))}"
-# mpirun passes SIGUSR1 on to the ranks, and ends with their code; SIGTERM it would answer by killing them a second later. Ranks are
-# not bound to one core each: they have threads that read data, write checkpoints and serve the GPU.
+# A signal goes to the ranks, mpirun's children: then mpirun ends with their code. SIGTERM it would answer itself by killing them a second
+# later, and not every build passes SIGUSR1 on. Ranks are not bound to one core each: they have threads that read data, write checkpoints
+# and serve the GPU.
 mpirun -np "${GPUS:-4}" --bind-to none "${command[@]}" &
 ranks=$!
-trap 'kill -USR1 $ranks 2>/dev/null' TERM INT
+trap 'kill -TERM $(cat /proc/$ranks/task/$ranks/children) 2>/dev/null' TERM INT
 while kill -0 $ranks 2>/dev/null; do
     wait $ranks
     code=$?
