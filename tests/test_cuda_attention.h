@@ -432,7 +432,8 @@ static AttentionCase attention_case_of(int B, int T, int H, int D, AcpMode mode,
     return a;
 }
 
-/* Every kind of gate on every length; shapes and layouts vary with them. */
+/* Every kind of gate on every length; shapes and layouts vary with them. And so many heads that there are more tiles than
+ * multiprocessors: thread blocks that stay take several. */
 static void test_attention_grid(Tests *t) {
     static const int lengths[] = {1, 2, 63, 64, 65, 127, 128, 129, 200, 1000, 4097};
     static const char *const modes[] = {"off", "paper", "tight"};
@@ -447,6 +448,10 @@ static void test_attention_grid(Tests *t) {
                 attention_case_gpu(t, &a, &worst, kept);
                 seed++;
             }
+        }
+        for (int D = 64; D <= 128; D += 64) {
+            AttentionCase a = attention_case_of(3, 333, 70, D, (AcpMode)mode, GATES_MIXED, (uint64_t)(10 + D / 64));
+            attention_case_gpu(t, &a, &worst, kept);
         }
         check(t, mode == ACP_OFF ? kept[0] == kept[1] : t->quick || kept[0] < 0.8 * kept[1],
               "acp %s keeps %g of %g blocks", modes[mode], kept[0], kept[1]);
