@@ -11,8 +11,8 @@
 #   tokens   $TOKENS (100e6) a run: 762 steps of 131,072; about 1e17 floating-point operations each
 #   recipe   AdamW, peak rate 3e-4, 32 steps of warm-up, cosine to 0. Where the rate is much larger, runs that differ in rounding
 #            alone drift apart as much as seeds do
-#   time     tokens / (tokens/s of the machine): an H200 trained at 559,000 tokens/s with `paper`, at 252,000 without pruning
-#            (docs/results/training.md), which is 3 and 6.6 minutes a run
+#   time     tokens / (tokens/s of the machine): an H100 trained at 503,000 tokens/s with `paper`, at 235,000 without pruning
+#            (docs/results/training.md), which is 3.3 and 7.1 minutes a run
 #
 # Needs a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass (scripts/data_*.sh, .py). Results:
 # $OUT.json, $OUT.txt, $OUT.png (build/quality_125m; $OUT.RUN.json: those that are done). $KEEP (build/quality_125m): every run's folder with metrics.jsonl and its last
