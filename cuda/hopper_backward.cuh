@@ -318,7 +318,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             return;
         }
         for (int j = 0, i = 0;; j++) {
-            HopperTile t = shared.tiles.take(j, in, p.saved.order[1], p.saved.next + 1, Traits::KEYS);
+            HopperTile t = shared.tiles.take(in, p.saved.order[1], p.saved.next + 1, Traits::KEYS);
             t.edge = t.bh < 0 ? 0 : last_step(t.bh, t.start + Traits::KEYS - 1);
             t.step = i;
             shared.tiles.tell(j, t);

@@ -121,7 +121,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
             return;
         }
         for (int j = 0, step = 0;; j++) {
-            HopperTile t = shared.tiles.take(j, in, saved.order[0], saved.next, Traits::QUERIES);
+            HopperTile t = shared.tiles.take(in, saved.order[0], saved.next, Traits::QUERIES);
             t.edge = t.bh < 0 ? 0 : saved.first[t.bh * in.blocks + t.start / ACP_BLOCK];
             t.step = step;
             shared.tiles.tell(j, t);

@@ -128,11 +128,12 @@ struct HopperTiles {
             hopper_barrier_init(&known[i], 1);
         }
     }
-    /* The copying thread: takes tile j out of `order`, the longest first; a head's tiles are of `rows` rows. `next`
-     * counts those taken after the first of each thread block; it is 0 again when all have found that none is left. */
-    __device__ __forceinline__ HopperTile take(int j, const AcpInputs &in, const int *order, unsigned *next, int rows) {
+    /* The copying thread: takes the next tile out of `order`, the longest first; a head's tiles are of `rows` rows.
+     * `next` is 0 again when all thread blocks have found that none is left. None has a tile of its own to begin with:
+     * one whose multiprocessor is busy with something else would begin it last. */
+    static __device__ __forceinline__ HopperTile take(const AcpInputs &in, const int *order, unsigned *next, int rows) {
         int tiles = (in.T + rows - 1) / rows, count = tiles * in.BH;
-        int i = j == 0 ? (int)blockIdx.x : (int)gridDim.x + (int)atomicInc(next, (unsigned)count - 1);
+        int i = (int)atomicInc(next, (unsigned)count + gridDim.x - 1);
         int tile = i < count ? order[i] : 0, bh = tile / tiles;
         return {i < count ? bh : -1, bh / in.H, bh % in.H, tile % tiles * rows, 0, 0};
     }
