@@ -26,8 +26,8 @@
  *     paper  block (m, n) is pruned when c_(first row of m) - c_(last key of n) < -2U - log T + log_tolerance,
  *            U >= |s_ij|, from the QK-norm weights or measured;
  *     tight  the longest prefix of key blocks whose summed mass, bounded block by block, stays below eps.
- * The edge is found on the device before each forward pass; grids do not depend on it, so the host never waits. Thread
- * blocks start in the order of their work, the longest first.
+ * The edge is found on the device before each forward pass; grids do not depend on it, so the host never waits. Tiles
+ * are taken in the order of their work, the longest first.
  *
  * Decay in float32. c reaches 10^5 while c_i - c_j matters to 10^-4, so c itself is only ever held in double. In units
  * of log 2, with the first row of every block as its base, a pair of blocks (m, n) sees
@@ -798,7 +798,8 @@ static bool acp_on_hopper(const AcpShape *shape) {
     return !shape->portable && kernel.ptxVersion == 90 && kernel.numRegs >= 100;
 }
 
-/* Thread blocks that stay until all tiles are taken: one for each multiprocessor. */
+/* How many thread blocks stay until all `tiles` are taken: one for each multiprocessor of this device, if there are as
+ * many tiles. */
 static unsigned acp_staying(int tiles) {
     int device, processors;
     CUDA_CHECK(cudaGetDevice(&device));

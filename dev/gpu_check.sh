@@ -65,7 +65,8 @@ sanitize_with() {
 # Races of cuBLASLt's kernels (nvjet_...), which whole models launch, are not ours to judge. Leaving those kernels out by a filter of the
 # sanitizer ends in an illegal access of its own.
 racecheck() {
-    compute-sanitizer --tool racecheck --print-limit 1000000 ./test_fox --quick --only "${SANITIZE_ONLY:-cuda}" > "$logs/racecheck.txt" 2>&1 || return
+    compute-sanitizer --tool racecheck --print-limit 1000000 ./test_fox --quick --only "${SANITIZE_ONLY:-cuda}" > "$logs/racecheck.txt" 2>&1 ||
+        { tail -n 20 "$logs/racecheck.txt"; return 1; }
     races=$(grep -c 'Race reported between' "$logs/racecheck.txt")
     ours=$(grep 'Race reported between' "$logs/racecheck.txt" | grep -vc 'access at nvjet_')
     grep 'Race reported between' "$logs/racecheck.txt" | grep -v 'access at nvjet_' | sort | uniq -c | head -n 20
