@@ -9,11 +9,12 @@
 #   curves      125M, the first $STEPS (100) steps of the papers' recipe (warm-up over 256Mi tokens) in steps of 65,536 tokens, on 1
 #               and on N GPUs, -z 1 and -z 0: losses within 2e-3 at every step, last validation within 1e-3. One GPU with other
 #               micro-batches shows how far rounding alone carries; that is printed, not judged
-#   reshard     125M, 20 steps each on 1, N and 1 GPUs (from four on: N, N / 2 and 1), against 60 on one: the same bounds
+#   reshard     125M, 20 steps each on 1, N and 1 GPUs (from four on: N, N / 2 and 1), against 60 on one: the same warm-up, the same
+#               bounds
 #   loss        125M on N GPUs: a rank killed, a rank stopped, SIGTERM; all end within 60 s, the last checkpoint goes on
 #   memory      760M on N GPUs, -z 1 and -z 0: the table against what the runtime says, within 3%
-#   stall       760M on N GPUs: a checkpoint during training costs less than 1 s (20 steps are enough for a disk of 0.8 GB/s to be ready for
-#               the next one, which waits for it); a kill while one is written leaves the one before
+#   stall       760M on N GPUs: a checkpoint during training costs less than 1 s (the next one waits until it is written: 30 steps are
+#               enough for a disk of 0.6 GB/s); a kill while one is written leaves the one before
 #
 # LAUNCH: what starts N ranks (scripts/launch.sh; "mpirun --bind-to none -np"). Output below build/ranks/. Exit code 1 when something failed.
 set -u
@@ -93,6 +94,7 @@ compare() {
 }
 
 small="-T 4096 -b 4 -d 65536 --val-batches 16 --keep 0"
+warm_up="--warmup-tokens 268435456" # at a rate that rises faster, rounding alone carries two runs apart
 
 part_bandwidth() {
     launch "$n" ./nccl_bandwidth
@@ -106,7 +108,7 @@ part_tests() {
 
 part_curves() {
     local steps=${STEPS:-100}
-    local recipe="$small -x $steps -v $((steps / 2)) -n -1 --warmup-tokens 268435456"
+    local recipe="$small $warm_up -x $steps -v $((steps / 2)) -n -1"
     rm -rf $dir/one $dir/many* $dir/halves
     train 1 one fox-pro-125m $recipe
     train "$n" many_z1 fox-pro-125m $recipe -z 1
@@ -125,10 +127,10 @@ part_reshard() {
     local counts="1 $n 1" end=0
     [ "$n" -le 2 ] || counts="$n $((n / 2)) 1"
     rm -rf $dir/straight $dir/reshard
-    train 1 straight fox-pro-125m $small -x 60 -v 20 -n -1
+    train 1 straight fox-pro-125m $small $warm_up -x 60 -v 20 -n -1
     for gpus in $counts; do
         end=$((end + 20))
-        train "$gpus" reshard fox-pro-125m $small -x 60 -v 20 -n 20 -y || true
+        train "$gpus" reshard fox-pro-125m $small $warm_up -x 60 -v 20 -n 20 -y || true
         for step in 40 60; do # the schedule is of 60 steps: drop what came too early
             [ $step -le $end ] || rm -rf $dir/reshard/step_000000$step
         done
@@ -200,7 +202,7 @@ part_memory() {
 part_stall() {
     local stall
     rm -rf $dir/stall
-    train "$n" stall fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 44 -v 0 -n 20 --keep 1
+    train "$n" stall fox-pro-760m -T 16384 -b 2 -d $((65536 * n)) -x 62 -v 0 -n 30 --keep 1
     grep '"kind": "checkpoint"' $dir/stall/metrics.jsonl
     # those in the middle of the run: the last one is waited for
     stall=$(grep '"kind": "checkpoint"' $dir/stall/metrics.jsonl | head -n 1 | sed 's/.*"stall_ms": \([0-9.]*\).*/\1/')
@@ -218,7 +220,7 @@ part_stall() {
     during=$(compgen -G "$dir/stall/tmp_step_*" | wc -l)
     end_trainers
     guard 60 $pid
-    verdict "$([ "$during" = 1 ] && [ -e $dir/stall/step_00000044/state.json ] && echo 1 || echo 0)" \
+    verdict "$([ "$during" = 1 ] && [ -e $dir/stall/step_00000062/state.json ] && echo 1 || echo 0)" \
         "killed while a checkpoint was written: $(cd $dir/stall && echo *step_*)"
     rm -rf $dir/stall
 }

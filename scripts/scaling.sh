@@ -82,7 +82,7 @@ chip=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 mkdir -p "$(dirname "$out")"
 {
     printf '{\n  "command": "GPUS=\\"%s\\" scripts/scaling.sh",\n  "chip": "%s",\n  "date": "%s",\n  "commit": "%s",\n  "runs": [\n' "$gpus" "$chip" \
-        "$(date -u +%Y-%m-%d)" "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+        "$(date -u +%Y-%m-%d)" "${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}"
     echo -n "$rows" | awk -F'|' '{ printf "%s    {\"series\": \"%s\", \"model\": \"%s\", \"gpus\": %s, \"zero\": %s, \"step_tokens\": %s, \"step_ms\": %s, " \
         "\"tokens_per_s\": %s, \"ratio_to_one_gpu\": %s, \"exchange_ms\": %s, \"exposed_ms\": %s, \"sent_gb\": %s, \"bus_gb_per_s\": %s, " \
         "\"memory_gib\": %s, \"pruned\": %s}", (NR > 1 ? ",\n" : ""), $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14 } END { print "" }'

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BEAT 1.0             /* seconds between two statuses */
@@ -46,15 +47,18 @@ struct Watch {
     int wake[2];
     pid_t parent; /* whose end is ours; 0: nobody's */
     pthread_t thread;
+    bool leaving;          /* atomic, as `ending` is */
     pthread_mutex_t mutex; /* guards what follows */
-    bool leaving, sent;
+    bool sent;
     State state, before; /* before: what it was when it began to wait */
     int waits_for;
     int64_t step, meeting;
     double since, longest; /* last progress; longest pause */
     double patience, silence;
-    RanksGuard guard;      /* check NULL: none */
-    int ending;            /* atomic: a thread ends this process */
+    RanksGuard guard; /* check NULL: none */
+    Message seen;     /* own_status's last answer, but for `idle`, and `since` as it was then */
+    double seen_since;
+    int ending; /* a thread ends this process */
 };
 
 /* ---- what the main thread says */
@@ -135,21 +139,36 @@ void watch_guard(Watch *w, const RanksGuard *guard) {
     pthread_mutex_unlock(&w->mutex);
 }
 
+/* Locks; false where the main thread stands still inside: stopped there, it must not silence the thread that watches it. */
+static bool lock_in_time(Watch *w) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += (long)(5e8 * BEAT);
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    return pthread_mutex_timedlock(&w->mutex, &until) == 0;
+}
+
 /* This rank's state as the others may see it. */
 static Message own_status(Watch *w) {
-    Message m;
-    memset(&m, 0, sizeof m);
-    pthread_mutex_lock(&w->mutex);
-    m.kind = STATUS;
-    m.state = w->state;
-    m.waits_for = w->waits_for;
-    m.sent = w->sent;
-    m.meeting = w->meeting;
-    m.step = w->step;
-    m.idle = fox_now() - w->since;
-    m.limit = w->patience > 0 ? w->patience * (w->state == RESTING ? REST : 1) + PAUSES * w->longest : 0;
-    pthread_mutex_unlock(&w->mutex);
-    return m;
+    bool locked = lock_in_time(w); // if not, nobody else changes what was seen before
+    Message *m = &w->seen;
+    if (locked) {
+        m->kind = STATUS;
+        m->state = w->state;
+        m->waits_for = w->waits_for;
+        m->sent = w->sent;
+        m->meeting = w->meeting;
+        m->step = w->step;
+        m->limit = w->patience > 0 ? w->patience * (w->state == RESTING ? REST : 1) + PAUSES * w->longest : 0;
+        w->seen_since = w->since;
+    }
+    Message answer = *m;
+    answer.idle = fox_now() - w->seen_since;
+    if (locked) {
+        pthread_mutex_unlock(&w->mutex);
+    }
+    return answer;
 }
 
 /* ---- the end */
@@ -321,10 +340,13 @@ static void beat(Watch *w, double now) {
     Message own = own_status(w);
     FoxError err;
     err.text[0] = '\0';
-    pthread_mutex_lock(&w->mutex);
-    double silence = w->silence;
-    bool ok = w->guard.check == NULL || w->guard.check(w->guard.context, &err);
-    pthread_mutex_unlock(&w->mutex);
+    double silence = 0;
+    bool ok = true;
+    if (lock_in_time(w)) {
+        silence = w->silence;
+        ok = w->guard.check == NULL || w->guard.check(w->guard.context, &err);
+        pthread_mutex_unlock(&w->mutex);
+    }
     if (!ok) {
         char name[96];
         ranks_name(w->ranks, w->ranks->rank, name);
@@ -346,9 +368,10 @@ static void forgive(Watch *w, double now) {
     for (int i = 0; i < w->peer_count; i++) {
         w->peers[i].heard = now;
     }
-    pthread_mutex_lock(&w->mutex);
-    w->since = now;
-    pthread_mutex_unlock(&w->mutex);
+    if (lock_in_time(w)) {
+        w->since = now;
+        pthread_mutex_unlock(&w->mutex);
+    }
 }
 
 static void *watch_loop(void *context) {
@@ -358,7 +381,7 @@ static void *watch_loop(void *context) {
     sigset_t all;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, NULL); // signals are the main thread's
-    for (bool leaving = false; !leaving;) {
+    while (!__atomic_load_n(&w->leaving, __ATOMIC_ACQUIRE)) {
         for (int i = 0; i < w->peer_count; i++) {
             waiting[i].fd = w->peers[i].fd;
             waiting[i].events = POLLIN;
@@ -381,9 +404,6 @@ static void *watch_loop(void *context) {
             beat(w, now);
             next = now + BEAT;
         }
-        pthread_mutex_lock(&w->mutex);
-        leaving = w->leaving;
-        pthread_mutex_unlock(&w->mutex);
     }
     free(waiting);
     return NULL;
@@ -414,9 +434,7 @@ Watch *watch_start(const Ranks *ranks, const int *control, bool by_mpi) {
 void watch_stop(Watch *w) {
     Message m = own_status(w);
     m.kind = LEAVING;
-    pthread_mutex_lock(&w->mutex);
-    w->leaving = true;
-    pthread_mutex_unlock(&w->mutex);
+    __atomic_store_n(&w->leaving, true, __ATOMIC_RELEASE);
     if (write(w->wake[1], "", 1) != 1) {
         fox_die("the thread that watches the other ranks cannot be woken: %s", strerror(errno));
     }
