@@ -197,6 +197,10 @@ FOX_NORETURN static void end(Watch *w, const char *text, bool print) {
     }
     if (guard.abort != NULL) {
         signal(SIGALRM, SIG_DFL);
+        sigset_t alarms;
+        sigemptyset(&alarms);
+        sigaddset(&alarms, SIGALRM);
+        pthread_sigmask(SIG_UNBLOCK, &alarms, NULL); // for this thread: a main thread that is stopped takes no signal
         alarm(ABORT_SECONDS);
         guard.abort(guard.context);
     }
