@@ -237,7 +237,7 @@ def table(result):
     for weights in dict.fromkeys(r["weights"] for r in rows):
         mine = [r for r in rows if r["weights"] == weights]
         what = "gates spread as in a trained model (dev/impose_gates.py)" if weights == "gates" else weights
-        about = mine[-1]
+        about = {key: ", ".join(dict.fromkeys(str(r[key]) for r in mine if r[key])) for key in ("device", "date", "commit")}
         lines += [
             f"Weights: {what}. {about['device'] or 'CPU'}, {about['date']}, commit {about['commit']}",
             "",
