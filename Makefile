@@ -177,7 +177,7 @@ fuzz-run: fuzz
 	        -artifact_prefix=build/fuzz/$$f- build/fuzz/corpus/$$f; done
 
 clean:
-	rm -rf build demo train_fox make_shards test_fox nccl_bandwidth
+	rm -rf build/release build/asan build/fuzz demo train_fox make_shards test_fox nccl_bandwidth
 
 help:
 	@echo 'make            train_fox, make_shards, test_fox; prints what was found and what is built'
@@ -187,6 +187,6 @@ help:
 	@echo 'make bench      speed of the CPU program in tokens/s'
 	@echo 'make tools      build/release/check_mass: what pruning loses inside a trained model'
 	@echo 'make fuzz       the fuzzers (clang); make fuzz-run FUZZ_SECONDS=60 runs each of them'
-	@echo 'make clean      removes what make and make demo made'
+	@echo 'make clean      removes programs, objects and the demo; results of scripts below build/ stay'
 	@echo 'Settings: CC=clang, CUDA=0, ARCHS="80 90a", NCCL=0, MPI=0, OPENMP=0, SANITIZE=1, CFLAGS=..., LDFLAGS=..., CUDA_HOME=DIR, NCCL_HOME=DIR'
 	@echo 'Then: ./make_shards --help, ./train_fox --help'

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Measures what the README's tables show, on the GPU of this machine. Results go to build/bench_gpu, as JSON too.
+# Measures attention, every other kernel and whole steps on the GPU of this machine. Results go to build/bench_gpu, as JSON too.
 #
 #     scripts/bench.sh                                         attention layers profile
 #     scripts/bench.sh --official DIR [--fla DIR]              beside the official program: peers steps as well
@@ -14,8 +14,8 @@
 #                 scripts/throughput_table.sh
 #     profile     dev/profile_step.py: where the time of a step goes
 #
-# $STEPS and $PROFILE name the models and contexts: "fox-pro-125m:16384 fox-pro-760m:16384"; $ACP the kinds of pruning (paper
-# tight; the official program has paper and off). The parts but `attention` and `layers` need Python with the packages of
+# $STEPS and $PROFILE name the models and contexts: "fox-pro-125m:16384 fox-pro-760m:16384"; $ACP the kinds of pruning in `steps`
+# (paper tight; the official program has paper and off). The parts but `attention` and `layers` need Python with the packages of
 # dev/requirements.txt. A GPU that others use, or that was idle for long, gives other figures: compare only what one run
 # measured.
 set -e

@@ -43,7 +43,7 @@ typedef struct Option {
 static const Option options[] = {
     {"--out", "-o", OPTION_TEXT, "DIR", 0, 0, offsetof(Settings, out), "folder for the shards, made if missing (data)"},
     {"--vocab", NULL, OPTION_TEXT, "FILE", 0, 0, offsetof(Settings, vocab),
-     "GPT-2 vocabulary: .tiktoken, vocab.json, or their folder (256 bytes)"},
+     "GPT-2 vocabulary: .tiktoken, vocab.json, or their folder; not given: bytes, 257 tokens with end of text"},
     {"--val-fraction", NULL, OPTION_FRACTION, "F", 0, 0, offsetof(Settings, val_fraction),
      "share of the documents for validation, from 0 to below 1 (0.01)"},
     {"--shard-tokens", NULL, OPTION_INTEGER, "N", 1, 1400000000, offsetof(Settings, shard_tokens),

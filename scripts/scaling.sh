@@ -14,6 +14,7 @@
 #   exchange   the exchange stream's own time in a step: gradients of this step, parameters of the one before
 #   exposed    of it, what the computing stream waited for; bus GB/s: bytes that every GPU sent over the exchange's time
 # LAUNCH: what starts N ranks (scripts/launch.sh; "mpirun --bind-to none -np"). B_125, B_760: sequences in a micro-batch (2). EXTRA: more options.
+# VOCAB, DATA_BYTES: the vocabulary file and how much text is made into shards. COMMIT: what the result says where there is no git.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 . scripts/scaling_lib.sh

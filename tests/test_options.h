@@ -297,7 +297,7 @@ static int options_count(const char *text, const char *word) {
 
 /* The help and the printed settings hold every option once, with its range and default. */
 static void options_test_help(Tests *t) {
-    char *text = NULL, words[1024];
+    char *text = NULL;
     size_t length = 0;
     FILE *out = open_memstream(&text, &length);
     options_help(out);
@@ -332,23 +332,6 @@ static void options_test_help(Tests *t) {
     for (int i = 0; fox_preset(i) != NULL; i++) {
         check(t, strstr(text, fox_preset(i)->name) != NULL, "options: the help does not name %s", fox_preset(i)->name);
     }
-    free(text);
-
-    Options options;
-    FoxError err;
-    out = open_memstream(&text, &length);
-    options_parse_line(&options, "--lr 0.25 --acp tight", words, &err);
-    options_print(out, &options);
-    fclose(out);
-    for (int i = 0; i < OPTION_NUMBERS + OPTION_WORDS; i++) {
-        char row[80];
-        snprintf(row, sizeof row, "  %s ",
-                 i < OPTION_NUMBERS ? option_numbers[i].name : option_words[i - OPTION_NUMBERS].name);
-        check(t, options_count(text, row) == 1, "options: the settings have %d rows '%s'", options_count(text, row),
-              row);
-    }
-    check(t, options_count(text, " 0.25\n") == 1 && options_count(text, " tight\n") == 1, "options: settings: %s",
-          text);
     free(text);
 }
 

@@ -100,8 +100,9 @@ typedef struct Backend {
      * last call; then starts again from zero. Both are L*H long. This rank only. */
     void (*pruning)(struct Backend *, double *skipped, double *total);
 
-    /* Decoding, one token at a time with a key/value cache for up to max_tokens tokens. decode(): feeds the next token,
-     * logits: [V] for the one after. Keys that ACP would prune for good are dropped from the cache. */
+    /* Decoding, one token at a time, up to max_tokens tokens. decode(): feeds the next token, logits: [V] for the one
+     * after. The CPU keeps a key/value cache, out of which keys go that ACP prunes for good; a GPU runs the forward pass
+     * over the text so far (its newest B*T tokens). */
     void (*decode_begin)(struct Backend *, int max_tokens);
     void (*decode)(struct Backend *, int32_t token, float *logits);
     void (*decode_end)(struct Backend *);
@@ -131,7 +132,7 @@ static inline Piece backend_piece(const Backend *b, int bucket) {
 bool backend_cpu_open(Backend *, const BackendSpec *, const Ranks *ranks, FoxError *);
 
 #ifdef FOX_CUDA
-/* The same on the first GPU (bf16, float32 master weights). */
+/* The same on this rank's GPU (bf16, float32 master weights). */
 bool backend_cuda_open(Backend *, const BackendSpec *, const Ranks *ranks, FoxError *);
 /* True where a GPU can be used; otherwise `why` says what is missing. */
 bool backend_cuda_available(char why[256]);

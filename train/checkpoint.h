@@ -36,7 +36,7 @@ typedef struct TrainState {
     uint64_t data_hash;    /* and the fingerprint of shards and context they are counted in (dataloader_hash) */
     int skipped_in_a_row;  /* updates refused for a non-finite loss or norm just before */
     double best_val_loss;  /* smallest validation loss so far; NAN when there was none */
-    uint64_t param_hash;   /* hash of the parameters; checkpoint_save computes it, checkpoint_load_state checks it */
+    uint64_t param_hash;   /* hash of the parameters; CheckpointWriter computes it, checkpoint_load_state checks it */
     uint64_t moment_hash;  /* the same of Adam's moments; 0: an older checkpoint, which has none */
 } TrainState;
 

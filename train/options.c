@@ -34,7 +34,7 @@ static const Option table[] = {
     {NULL, 'j', "val-data", OPTION_STRING, FIELD(val_data), NO_RANGE, "",
      "validation shards; not given: *val*.bin of -i"},
     {NULL, 0, "vocab", OPTION_STRING, FIELD(vocab), NO_RANGE, "",
-     "vocabulary file; not given: bytes, if the data has 257"},
+     "of the samples; not given: bytes, if the data has 257 tokens"},
     {NULL, 'o', "out", OPTION_STRING, FIELD(out), NO_RANGE, "out", "folder for checkpoints and metrics.jsonl"},
     {NULL, 'e', "model", OPTION_STRING, FIELD(model), NO_RANGE, "fox-pro-125m",
      "a preset's name or a checkpoint folder"},
@@ -47,7 +47,7 @@ static const Option table[] = {
     {NULL, 'x', "steps", OPTION_INT, FIELD(steps), "0", MAX_COUNT, "0", "steps of the run; 0: one pass over the data"},
     {NULL, 'l', "lr", OPTION_REAL, FIELD(learning_rate), "0", "1", "0", "peak learning rate; 0: the preset's"},
     {NULL, 0, "warmup-tokens", OPTION_INT, FIELD(warmup_tokens), "-1", "1000000000000000", "-1",
-     "tokens of linear warm-up; -1: 256Mi or a tenth of the run"},
+     "tokens of linear warm-up; -1: 256Mi, at most a tenth of the run"},
     {NULL, 0, "final-lr", OPTION_REAL, FIELD(final_lr), "0", "1", "0", "learning rate at the end of the cosine"},
     {NULL, 0, "weight-decay", OPTION_REAL, FIELD(weight_decay), "0", "10", "0.1", "of matrices and embeddings"},
     {NULL, 0, "grad-clip", OPTION_REAL, FIELD(grad_clip), "0", "1000000", "1", "largest gradient norm; 0: no clipping"},
@@ -62,7 +62,7 @@ static const Option table[] = {
     {NULL, 0, "device", OPTION_CHOICE, FIELD(device), "auto|cuda|cpu", NULL, "auto", "where to compute"},
     {NULL, 'r', "recompute", OPTION_INT, FIELD(recompute), "0", "2", "0",
      "trade time for memory: 1 cheap layers, 2 whole blocks"},
-    {NULL, 0, "deterministic", OPTION_BOOL, FIELD(deterministic), "0", "1", "0", "the same bits at every run"},
+    {NULL, 0, "deterministic", OPTION_BOOL, FIELD(deterministic), "0", "1", "0", "the same bits at every run on a GPU too"},
 
     {"Several ranks", 'z', "zero", OPTION_INT, FIELD(zero), "0", "1", "1",
      "0: every rank updates all weights; 1: its share"},
@@ -465,16 +465,6 @@ void options_help(FILE *out) {
         fprintf(out, "%s%s", i % 4 == 0 ? "\n    " : "  ", fox_preset(i)->name);
     }
     fputs("\n", out);
-}
-
-void options_print(FILE *out, const Options *options) {
-    for (int i = 0; i < TABLE_SIZE; i++) {
-        char value[1024];
-        if (table[i].type != OPTION_FLAG) {
-            value_text(options, &table[i], value, sizeof value);
-            fprintf(out, "  %-20s %s\n", table[i].name, value);
-        }
-    }
 }
 
 void options_write_json(FILE *out, const Options *options) {

@@ -1,5 +1,5 @@
 /* The options of a run. One table in options.c (name, letter, type, range, default, help, field) does everything: it
- * parses the command line, prints --help and the run's settings, and writes the settings as JSON.
+ * parses the command line, prints --help, and writes the settings as JSON.
  *
  * Zero (or -1) stands for "the model's preset decides" where a preset has an opinion; options_resolve replaces these by
  * values, once the preset and the number of ranks are known, and options_resolve_steps, once the data is open. */
@@ -76,9 +76,6 @@ void options_resolve_steps(Options *, int64_t windows);
 
 /* Prints the help: every option with its range and default. */
 void options_help(FILE *);
-
-/* Prints the settings, one a line. */
-void options_print(FILE *, const Options *);
 
 /* Writes the settings as one JSON object on one line, without a newline. Keys are the long names with _ for -; whatever
  * the strings hold, it is valid JSON. */

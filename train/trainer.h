@@ -56,7 +56,8 @@ bool trainer_open_model(Trainer *, FoxError *);
  * the data). */
 bool trainer_open_backend(Trainer *, FoxError *);
 
-/* Makes -o, opens metrics.jsonl, prints what will be done, and takes charge of SIGINT and SIGTERM. */
+/* Makes -o, opens metrics.jsonl, prints what will be done, and, but with --eval, takes charge of SIGINT, SIGTERM,
+ * SIGUSR1 and SIGHUP. */
 bool trainer_open_output(Trainer *, FoxError *);
 
 /* True when all steps are done, or a signal asked for the end. Collective. */
