@@ -57,7 +57,7 @@ enum {
     ACP_BLOCK = 128,         /* queries, and keys, in a block: the grain of pruning */
     ACP_CHUNK = 2048,        /* steps that one thread block of a scan covers: 256 threads, 8 each */
     ACP_RANGES_SHARED = 20,  /* bytes of shared memory that the search for ranges needs for each block */
-    ACP_MOST_BLOCKS = 11000, /* that fit in it: 1.4 million tokens */
+    ACP_MOST_BLOCKS = 11000, /* that fit in it on any chip: 1.4 million tokens */
 };
 
 #define ACP_LOG2E 1.4426950408889634
@@ -89,9 +89,9 @@ typedef struct AcpWork {
     float *log_mass; /* [BH, blocks], log of the decayed mass of all blocks before */
     int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
     /* backward */
-    float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf beyond T */
-    float *delta;  /* [BH, padded], of each query dO.o; 0 beyond T */
-    float *dc;     /* [BH, padded], row sums of dS minus column sums */
+    float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf from T to a multiple of 64 */
+    float *delta;  /* [BH, padded], of each query dO.o, corrected so that the row of dS as rounded sums to 0; 0 as far */
+    float *dc;     /* [BH, padded], of each key minus the column sum of dS: the row sums are in delta */
 } AcpWork;
 
 static inline int acp_num_blocks(const AcpShape *s) {
@@ -883,12 +883,20 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
                work);
 }
 
+extern "C" int64_t acp_most_tokens(void) {
+    int device, shared;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    int64_t blocks = (shared - 1024) / ACP_RANGES_SHARED; /* its other shared memory needs less than 1024 bytes */
+    return ACP_BLOCK * fox_min64(blocks, ACP_MOST_BLOCKS);
+}
+
 static void acp_check(const AcpShape *s, int64_t stride, const void *q, const void *k, const void *v) {
     CUDA_REQUIRE(s->D == 64 || s->D == 128, "heads of 64 or 128 values expected");
     CUDA_REQUIRE(s->B >= 1 && s->T >= 1 && s->H >= 1, "B, T and H of at least 1 expected");
-    CUDA_REQUIRE((int64_t)s->B * s->H <= 65535, "at most 65,535 heads in all sequences together expected");
-    CUDA_REQUIRE((int64_t)s->B * s->H * s->T < INT32_MAX, "fewer than 2^31 rows of attention expected");
-    CUDA_REQUIRE(acp_num_blocks(s) <= ACP_MOST_BLOCKS, "at most 1,408,000 tokens in a sequence expected");
+    CUDA_REQUIRE((int64_t)s->B * s->H <= ACP_MOST_HEADS, "fewer heads in all sequences together expected");
+    CUDA_REQUIRE((int64_t)s->B * s->H * s->T < ACP_MOST_ROWS, "fewer than 2^31 rows of attention expected");
+    CUDA_REQUIRE(s->T <= acp_most_tokens(), "a sequence whose ranges fit in shared memory expected");
     CUDA_REQUIRE(s->log_tolerance < 0, "a negative log_tolerance expected");
     CUDA_REQUIRE(stride % 8 == 0 && stride >= (int64_t)s->H * s->D,
                  "a stride that is a multiple of 8 and at least H*D expected");

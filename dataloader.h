@@ -60,6 +60,7 @@ typedef struct DataShard {
     int64_t tokens;
     int64_t stride;       /* tokens from window to window: T, or T + 1 in a shard of windows */
     int64_t first_window; /* number of its first window: the windows of the shards before it */
+    uint64_t sample;      /* hash of some of its tokens */
 } DataShard;
 
 /* A point in the run: the step that begins at window `step_start` of the global order, and a micro-batch in it. */
@@ -142,18 +143,52 @@ static inline void dataloader_window(const DataLoader *loader, int64_t g, int *s
     *start = (window - loader->shards[low].first_window) * loader->shards[low].stride;
 }
 
-/* Fingerprint of what positions are counted in: shard sizes in their order, T, the vocabulary, shuffled or not. A resumed run
- * compares it; names and folders may change. */
+/* Fingerprint of what positions are counted in: the shards' sizes in their order and some of their tokens, T, the vocabulary,
+ * shuffled or not. A resumed run compares it; names and folders may change. */
 static inline uint64_t dataloader_hash(const DataLoader *loader) {
     int64_t head[4] = {loader->spec.T, loader->vocab_size, loader->shard_count, loader->windows};
     uint64_t hash = fox_hash(0, head, sizeof head);
     for (int i = 0; i < loader->shard_count; i++) {
         hash = fox_hash(hash, &loader->shards[i].tokens, sizeof loader->shards[i].tokens);
+        hash = fox_hash(hash, &loader->shards[i].sample, sizeof loader->shards[i].sample);
     }
     return loader->spec.shuffle ? hash : fox_mix64(hash);
 }
 
 /* ---------------------------------------------------------------------------------------------------------- shards */
+
+/* What a file's name says last: 't' for "train", 'v' for "val", '\0' for neither. */
+static inline char dataloader_kind(const char *path) {
+    const char *name = strrchr(path, '/');
+    char kind = '\0';
+    for (name = name != NULL ? name + 1 : path; *name != '\0'; name++) {
+        kind = strncmp(name, "train", 5) == 0 ? 't' : strncmp(name, "val", 3) == 0 ? 'v' : kind;
+    }
+    return kind;
+}
+
+/* path_list for shards. Of a folder, only those of the pattern's own kind: medieval_train_0.bin is not for validation. */
+static inline bool dataloader_list(const char *where, const char *pattern, PathList *list, FoxError *err) {
+    struct stat status;
+    if (!path_list(where, pattern, list, err)) {
+        return false;
+    }
+    int kept = 0;
+    bool folder = stat(where, &status) == 0 && S_ISDIR(status.st_mode);
+    for (int i = 0; i < list->count; i++) {
+        if (folder && dataloader_kind(list->paths[i]) != dataloader_kind(pattern)) {
+            free(list->paths[i]);
+        } else {
+            list->paths[kept++] = list->paths[i];
+        }
+    }
+    list->count = kept;
+    if (kept == 0) {
+        path_list_free(list);
+        return fox_fail(err, "%s: no shard there; expected files like %s", where, pattern);
+    }
+    return true;
+}
 
 /* Opens a shard's file and finds its size; -1 and the error when it is not a file that can be read. */
 static inline int dataloader_open_file(const char *path, int64_t *bytes, FoxError *err) {
@@ -236,8 +271,24 @@ static inline bool dataloader_check_header(const char *path, const uint8_t *head
     return true;
 }
 
-/* Opens and checks one shard; reads its header only. */
-static inline bool dataloader_read_header(const char *path, int64_t *tokens, int *vocab_size, int *window, FoxError *err) {
+/* Hash of up to 512 tokens each at the beginning, in the middle and at the end: tells whether a shard still holds the same. */
+static inline bool dataloader_sample(int fd, const char *path, int64_t tokens, uint64_t *hash, FoxError *err) {
+    uint8_t raw[1024];
+    int64_t count = tokens < 512 ? tokens : 512;
+    *hash = 0;
+    for (int i = 0; i < 3; i++) {
+        int64_t start = (tokens - count) * i / 2;
+        if (!dataloader_pread(fd, path, DATALOADER_HEADER_BYTES + 2 * start, 2 * count, raw, err)) {
+            return false;
+        }
+        *hash = fox_hash(*hash, raw, (size_t)(2 * count));
+    }
+    return true;
+}
+
+/* Opens and checks one shard; reads its header and a sample. */
+static inline bool dataloader_read_header(const char *path, int64_t *tokens, int *vocab_size, int *window, uint64_t *sample,
+                                          FoxError *err) {
     int64_t bytes = 0;
     int fd = dataloader_open_file(path, &bytes, err);
     if (fd < 0) {
@@ -250,7 +301,8 @@ static inline bool dataloader_read_header(const char *path, int64_t *tokens, int
                       DATALOADER_HEADER_BYTES, (long long)bytes);
     } else {
         ok = dataloader_pread(fd, path, 0, DATALOADER_HEADER_BYTES, header, err) &&
-             dataloader_check_header(path, header, bytes, tokens, vocab_size, window, err);
+             dataloader_check_header(path, header, bytes, tokens, vocab_size, window, err) &&
+             dataloader_sample(fd, path, *tokens, sample, err);
     }
     close(fd);
     return ok;
@@ -268,7 +320,7 @@ static inline bool dataloader_read_headers(DataLoader *loader, FoxError *err) {
         DataShard *shard = &loader->shards[i];
         int vocab_size = 0, window = 0;
         shard->path = loader->paths.paths[i];
-        if (!dataloader_read_header(shard->path, &shard->tokens, &vocab_size, &window, err)) {
+        if (!dataloader_read_header(shard->path, &shard->tokens, &vocab_size, &window, &shard->sample, err)) {
             return false;
         }
         if (window > 0 && window != (int64_t)T + 1) {
@@ -454,7 +506,7 @@ static inline bool dataloader_open(DataLoader *loader, const char *where, const 
                                    FoxError *err) {
     memset(loader, 0, sizeof *loader);
     loader->spec = *spec;
-    bool ok = dataloader_check_spec(spec, err) && path_list(where, pattern, &loader->paths, err) &&
+    bool ok = dataloader_check_spec(spec, err) && dataloader_list(where, pattern, &loader->paths, err) &&
               dataloader_read_headers(loader, err);
     if (ok) {
         if (spec->max_windows > 0 && spec->max_windows < loader->windows) {

@@ -652,8 +652,8 @@ static inline void fox_first_blocks(const FoxModel *m, const FoxLayerWeights *w,
     }
 }
 
-/* Attention of all heads of a layer, with pruning, counted into skipped and total. */
-static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, int layer, FoxActs *a) {
+/* Attention of all heads of a layer, with pruning, counted into skipped and total if `count`. */
+static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, int layer, FoxActs *a, bool count) {
     int B = m->B, T = m->T, H = m->config.num_heads, d = m->config.hidden_size, D = d / H, blocks = acp_blocks(T, FOX_BLOCK);
     if (m->config.use_forget_gate) {
         forget_gate_forward(a->c, a->f, w->fgate_bias, B, T, H);
@@ -666,7 +666,7 @@ static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, 
         fox_first_blocks(m, w, &head, bh % H, first);
         attention_head_forward(a->o + at, a->lse + (int64_t)bh * T, a->q + at, a->k + at, a->v + at, head.c, first, T, D, d);
     }
-    for (int bh = 0; bh < B * H; bh++) {
+    for (int bh = 0; count && bh < B * H; bh++) {
         m->skipped[layer * H + bh % H] += (double)acp_skipped_blocks(blocks, a->first + (int64_t)bh * blocks);
         m->total[layer * H + bh % H] += (double)acp_causal_blocks(T, FOX_BLOCK, FOX_BLOCK);
     }
@@ -688,14 +688,14 @@ static inline void fox_attention_backward(const FoxModel *m, const FoxLayerWeigh
     }
 }
 
-/* x[layer + 1] from x[layer]. */
-static inline void fox_block_forward(FoxModel *m, int layer, FoxActs *a) {
+/* x[layer + 1] from x[layer]; count: what is pruned, which is not counted again where backward makes a layer anew. */
+static inline void fox_block_forward(FoxModel *m, int layer, FoxActs *a, bool count) {
     int64_t N = (int64_t)m->B * m->T, d = m->config.hidden_size;
     const float *x = m->x + layer * N * d;
     FoxLayerWeights w = fox_layer_weights(m->table, layer, m->params);
     fox_project(&m->config, &w, a, x, N);
     fox_shift_and_norm(&m->config, &w, a, NULL, NULL, m->B, m->T, 0);
-    fox_attention_forward(m, &w, layer, a);
+    fox_attention_forward(m, &w, layer, a, count);
     fox_output_and_mlp(&m->config, &w, a, x, m->x + (layer + 1) * N * d, N);
 }
 
@@ -775,7 +775,7 @@ static inline void fox_head(FoxModel *m, const int32_t *targets, float *losses, 
 static inline void fox_body_forward(FoxModel *m, const int32_t *tokens) {
     embedding_forward(m->x, tokens, fox_weight(m, m->params, m->table->embeddings), (int64_t)m->B * m->T, m->config.hidden_size);
     for (int l = 0; l < m->config.num_hidden_layers; l++) {
-        fox_block_forward(m, l, &m->acts[m->recompute ? 0 : l]);
+        fox_block_forward(m, l, &m->acts[m->recompute ? 0 : l], true);
     }
 }
 
@@ -797,7 +797,7 @@ static inline void fox_forward_backward(FoxModel *m, const int32_t *tokens, cons
                      fox_weight(m, m->params, m->table->norm), N, 1, d, false);
     for (int l = L - 1; l >= 0; l--) {
         if (m->recompute && l < L - 1) {
-            fox_block_forward(m, l, &m->acts[0]);
+            fox_block_forward(m, l, &m->acts[0], false);
         }
         fox_block_backward(m, l, &m->acts[m->recompute ? 0 : l]);
     }

@@ -9,6 +9,8 @@
 #include "exchange.h"
 #include "matmul.h"
 
+#include <ctype.h>
+
 enum { HEAD_ROWS = 4096 }; /* rows of logits in memory at a time */
 enum { PADDING = 64 };     /* columns of packed and logit rows, and rows of lm_head, are a multiple of this */
 
@@ -730,7 +732,8 @@ static void cuda_decode(Backend *b, int32_t token, float *logits) {
     s->prefix[s->prefix_length++] = token;
     start = s->prefix_length > room ? s->prefix_length - room : 0;
     int length = s->prefix_length - start;
-    /* Few different lengths, so that few products need planning; what comes after the last token changes nothing before. */
+    /* Few different lengths, so that few products need planning; what comes after the last token changes nothing before but which
+     * negligible blocks are pruned. */
     int T = (int)fox_min64((length + PADDING - 1) / PADDING * PADDING, room);
     Extent e = {1, T, T};
     uint16_t *row = FOX_NEW(uint16_t, V);
@@ -842,31 +845,55 @@ static double peak_flops(const char *device) {
         {"A40", 150},  {"A10", 125},   {"RTX 4090", 165},  {"RTX 3090", 71},
     };
     for (size_t i = 0; i < sizeof peaks / sizeof peaks[0]; i++) {
-        if (strstr(device, peaks[i].name) != NULL) {
+        const char *found = strstr(device, peaks[i].name);
+        if (found != NULL && !isalnum((unsigned char)found[strlen(peaks[i].name)])) { // "A100" is not "RTX A1000"
             return 1e12 * peaks[i].teraflops;
         }
     }
     return 0;
 }
 
+/* What the kernels cannot do is refused before any memory is taken; the launchers check it again. */
+static bool check_sizes(const BackendSpec *spec, FoxError *err) {
+    const FoxConfig *c = &spec->config;
+    int head_width = c->hidden_size / c->num_heads;
+    int64_t tokens = (int64_t)spec->B * spec->T, most = fox_min64(CUDA_MOST_TOKENS, ACP_MOST_ROWS / c->num_heads);
+    if (head_width != 64 && head_width != 128) {
+        return fox_fail(err, "the GPU kernels know heads of 64 and 128 values, this model has %d; use --device cpu", head_width);
+    }
+    if (c->hidden_size > CUDA_MOST_WIDTH || c->intermediate_size % 8 != 0) {
+        return fox_fail(err, "the GPU kernels know widths up to %d and inner widths that are multiples of 8, this model has %d and %d; "
+                        "use --device cpu", CUDA_MOST_WIDTH, c->hidden_size, c->intermediate_size);
+    }
+    if (spec->T > acp_most_tokens()) {
+        return fox_fail(err, "-T %d: this GPU has shared memory for %lld tokens in a sequence", spec->T, (long long)acp_most_tokens());
+    }
+    if ((int64_t)spec->B * c->num_heads > ACP_MOST_HEADS) {
+        return fox_fail(err, "-b %d: a GPU takes at most %d sequences of %d heads at a time; give a smaller -b", spec->B,
+                        ACP_MOST_HEADS / c->num_heads, c->num_heads);
+    }
+    return tokens < most || fox_fail(err, "-b %d: a GPU takes fewer than %lld tokens of %d heads at a time; give a smaller -b", spec->B,
+                                     (long long)most, c->num_heads);
+}
+
 /* Takes this rank's GPU: the ranks of a machine take its GPUs in order, or each the one that its launcher lets it see. */
 static bool take_device(const BackendSpec *spec, const Ranks *ranks, struct cudaDeviceProp *device, FoxError *err) {
     char why[256];
-    int count = 0, head_width = spec->config.hidden_size / spec->config.num_heads;
+    int count = 0;
     if (!fox_config_check(&spec->config, err)) {
         return false;
     }
     if (!backend_cuda_available(why)) {
         return fox_fail(err, "--device cuda: %s; use --device cpu", why);
     }
-    if (head_width != 64 && head_width != 128) {
-        return fox_fail(err, "the GPU kernels know heads of 64 and 128 values, this model has %d; use --device cpu", head_width);
-    }
     CUDA(cudaGetDeviceCount(&count));
     CUDA(cudaSetDevice(ranks->local_rank % count));
     CUDA(cudaGetDeviceProperties(device, ranks->local_rank % count));
-    return device->major >= 8 || fox_fail(err, "%s has compute capability %d.%d; 8.0 or newer is needed; use --device cpu", device->name,
-                                          device->major, device->minor);
+    if (device->major < 8) {
+        return fox_fail(err, "%s has compute capability %d.%d; 8.0 or newer is needed; use --device cpu", device->name, device->major,
+                        device->minor);
+    }
+    return check_sizes(spec, err);
 }
 
 bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, FoxError *err) {

@@ -177,7 +177,7 @@ static inline EmbeddingSort embedding_sort(int32_t *scratch, int64_t N, int V) {
 void cuda_embedding_backward(float *dw, const float *dx, const int32_t *tokens, int32_t *scratch, int64_t N, int d,
                              int V, cudaStream_t stream) {
     CUDA_REQUIRE(d % 4 == 0 && d > 0, "the width must be a multiple of 4");
-    CUDA_REQUIRE(N < (int64_t)1 << 26, "too many tokens at once");
+    CUDA_REQUIRE(N < CUDA_MOST_TOKENS, "too many tokens at once");
     EmbeddingSort sort = embedding_sort(scratch, N, V);
     unsigned blocks = (unsigned)((N + 255) / 256),
              columns = (unsigned)((d + EMBEDDING_COLUMNS - 1) / EMBEDDING_COLUMNS);

@@ -23,6 +23,8 @@ typedef uint16_t bf16; /* the upper half of a float */
 extern "C" {
 #endif
 
+enum { CUDA_MOST_WIDTH = 4096, CUDA_MOST_TOKENS = 1 << 26 }; /* d; fewer tokens than that at a time */
+
 /* ---- cuda/norm.cuh: the residual stream and its norms ---- */
 
 /* x_out = x + branch (branch NULL: x_out = x and x_out may be x or NULL), h = rmsnorm(x_out) * w, rstd: [N].
@@ -135,6 +137,11 @@ typedef struct AcpShape {
     bool shared_norm; /* q_norm and k_norm have length D */
     bool portable;    /* the kernels for every chip, also where there are faster ones */
 } AcpShape;
+
+enum { ACP_MOST_HEADS = 65535, ACP_MOST_ROWS = INT32_MAX }; /* B*H, and fewer than that B*H*T */
+
+/* The longest sequence that the current device can search for ranges. */
+int64_t acp_most_tokens(void);
 
 /* Blocks of attention of each head since they were last zeroed, unsigned 64-bit [H] each. */
 typedef struct AcpCounts {

@@ -107,7 +107,7 @@ static inline int norm_threads(int d) {
 
 void cuda_residual_norm_forward(bf16 *h, float *rstd, float *x_out, const float *x, const bf16 *branch, const float *w,
                                 int64_t N, int d, float eps, cudaStream_t stream) {
-    CUDA_REQUIRE(d % 8 == 0 && d > 0 && d <= 4096, "the width must be a multiple of 8, up to 4096");
+    CUDA_REQUIRE(d % 8 == 0 && d > 0 && d <= CUDA_MOST_WIDTH, "the width must be a multiple of 8, up to 4096");
     residual_norm_forward_kernel<<<(unsigned)N, norm_threads(d), 0, stream>>>(h, rstd, x_out, x, branch, w, d, eps);
     CUDA_CHECK_LAUNCH();
 }
@@ -118,7 +118,7 @@ int64_t cuda_norm_scratch(int d) {
 
 void cuda_norm_backward(float *dx, bf16 *dx_bf16, float *dw, float *scratch, const bf16 *dh, const float *x,
                         const float *rstd, const float *w, int64_t N, int d, cudaStream_t stream) {
-    CUDA_REQUIRE(d % 8 == 0 && d > 0 && d <= 4096, "the width must be a multiple of 8, up to 4096");
+    CUDA_REQUIRE(d % 8 == 0 && d > 0 && d <= CUDA_MOST_WIDTH, "the width must be a multiple of 8, up to 4096");
     int parts = partial_count(norm_threads(d));
     norm_backward_kernel<<<parts, norm_threads(d), 0, stream>>>(dx, dx_bf16, scratch, dh, x, rstd, w, N, d);
     CUDA_CHECK_LAUNCH();

@@ -150,7 +150,7 @@ static __global__ void __launch_bounds__(128, 2) acp_forward_kernel(AcpForward p
 
 template <int D>
 struct AcpDqTraits {
-    static constexpr int KEYS = D == 64 ? 64 : 32; /* per step: two thread blocks must fit a multiprocessor */
+    static constexpr int KEYS = D == 64 ? 64 : 32; /* per step; with D = 64 two thread blocks fit where a multiprocessor has 164 KB */
 };
 
 template <int D>
@@ -159,6 +159,7 @@ struct alignas(1024) AcpDqShared {
     unsigned char k[2][AcpDqTraits<D>::KEYS * D * 2], v[2][AcpDqTraits<D>::KEYS * D * 2];
     float lift[2][AcpDqTraits<D>::KEYS];
 };
+static_assert(sizeof(AcpDqShared<128>) <= 99 * 1024, "chips of 8.6 and 8.9 give a thread block 99 KB");
 
 /* One query block; 4 warps with 32 rows each, 32 keys at a time. Writes offset, and delta corrected, for
  * acp_dkdv_kernel. */
@@ -273,6 +274,7 @@ struct alignas(1024) AcpDkdvShared {
     unsigned char q[2][AcpDkdvTraits<D>::QUERIES * D * 2], dout[2][AcpDkdvTraits<D>::QUERIES * D * 2];
     float offset[2][AcpDkdvTraits<D>::QUERIES], delta[2][AcpDkdvTraits<D>::QUERIES];
 };
+static_assert(sizeof(AcpDkdvShared<128>) <= 99 * 1024, "as above");
 
 /* One key block. Logits are computed transposed (rows are keys), so that P^T and dS^T leave the tensor cores as the A
  * operands of dV and dK. */

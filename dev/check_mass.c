@@ -134,7 +134,7 @@ static double check_layers(FoxModel *m, const int32_t *tokens, double log_tolera
         FoxActs *a = &m->acts[0];
         FoxLayerWeights w = fox_layer_weights(m->table, l, m->params);
         Found found[TESTS] = {{0, 0}};
-        fox_block_forward(m, l, a);
+        fox_block_forward(m, l, a, true);
 #pragma omp parallel for schedule(dynamic)
         for (int h = 0; h < H; h++) {
             AcpHead head = {T, d / H, a->q + h * (d / H), a->k + h * (d / H), d, a->c + (int64_t)h * T};

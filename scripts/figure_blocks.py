@@ -58,7 +58,7 @@ def draw(source, layer=0, head=0, bound=8.0):
 
 def main():
     parser = figures.parser(__doc__)
-    parser.add_argument("source", help="eval.jsonl, or gates file (.safetensors)")
+    parser.add_argument("source", help="eval.jsonl or its folder, or gates file (.safetensors)")
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--head", type=int, default=0)
     parser.add_argument(

@@ -1,6 +1,7 @@
 """What the scripts figure_*.py share: records of runs, gates of a trained model, pictures.
 
-A run is its folder (-o of train_fox) or a file of records in it: metrics.jsonl, or eval.jsonl of --eval.
+A run is its folder (-o of train_fox) or a file of records in it: metrics.jsonl, or eval.jsonl of --eval. In a folder
+with both it is metrics.jsonl.
 """
 
 import argparse
@@ -13,12 +14,27 @@ except ImportError:
     raise SystemExit("the Python package numpy is missing: pip install -r scripts/requirements.txt")
 
 GATES_BLOCK = 128  # queries, and keys, of a block on the GPU
+SOURCES = {  # of the records of each kind
+    "run": "./train_fox begins its file with one; give the whole file",
+    "step": "training writes them; give the metrics.jsonl of a run",
+    "validation": "./train_fox writes them every -v steps; of a checkpoint --eval does; give its eval.jsonl",
+    "pruning": "./train_fox writes them every --pruning-every steps; of a checkpoint --eval does; give its eval.jsonl",
+    "ranges": "./train_fox --eval writes them; give its eval.jsonl",
+}
+
+
+def file_of(run):
+    """The file of a run's records."""
+    path = pathlib.Path(run)
+    if not path.is_dir():
+        return path
+    metrics, evaluation = path / "metrics.jsonl", path / "eval.jsonl"
+    return evaluation if evaluation.is_file() and not metrics.exists() else metrics
 
 
 def records(run):
     """All records of a run, as dictionaries."""
-    path = pathlib.Path(run)
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    path = file_of(run)
     if not path.is_file():
         raise SystemExit(f"{path}: not there; expected the folder of a run, or its metrics.jsonl or eval.jsonl")
     found = []
@@ -31,11 +47,11 @@ def records(run):
     return found
 
 
-def of_kind(run, kind, need=1):
-    """Records of one kind; fewer than `need` are an error."""
+def of_kind(run, kind):
+    """Records of one kind; none are an error."""
     found = [r for r in records(run) if r["kind"] == kind]
-    if len(found) < need:
-        raise SystemExit(f"{run}: holds {len(found)} records of kind '{kind}', expected {need} or more")
+    if not found:
+        raise SystemExit(f"{file_of(run)}: no records of kind '{kind}': {SOURCES[kind]}")
     return found
 
 

@@ -223,11 +223,11 @@ static void plan_folder(Plan *plan, const char *folder) {
         return;
     }
     for (int i = 0; i < count; i++) {
-        char path[PATH_MAX];
+        char *path = (char *)fox_alloc(PATH_MAX); // not on the stack: folders may be deep
         struct stat info, target;
         size_t last = strlen(folder) - 1;
-        int length = snprintf(path, sizeof path, "%s%s%s", folder, folder[last] == '/' ? "" : "/", entries[i]->d_name);
-        if (length >= (int)sizeof path || lstat(path, &info) != 0 || stat(path, &target) != 0) {
+        int length = snprintf(path, PATH_MAX, "%s%s%s", folder, folder[last] == '/' ? "" : "/", entries[i]->d_name);
+        if (length >= PATH_MAX || lstat(path, &info) != 0 || stat(path, &target) != 0) {
             plan->unreadable++;
         } else if (S_ISDIR(info.st_mode)) {
             plan_folder(plan, path);
@@ -236,6 +236,7 @@ static void plan_folder(Plan *plan, const char *folder) {
         } else if (S_ISREG(target.st_mode) && has_extension(entries[i]->d_name, plan->settings->extensions)) {
             plan_file(plan, path, false, NULL);
         }
+        free(path);
         free(entries[i]);
     }
     free(entries);

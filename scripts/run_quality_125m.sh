@@ -14,9 +14,11 @@
 #   time     tokens / (tokens/s of the machine): an H100 trained at 503,000 tokens/s with `paper`, at 235,000 without pruning
 #            (docs/results/training.md), which is 3.3 and 7.1 minutes a run
 #
-# Needs a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass (scripts/data_*.sh, .py). Results:
-# $OUT.json, $OUT.txt, $OUT.png (build/quality_125m; $OUT.RUN.json: those that are done). $KEEP (build/quality_125m): every run's folder with metrics.jsonl and its last
-# checkpoint, for scripts/figure_*.py and `scripts/throughput_table.sh --checkpoint`. Further options go to dev/compare_training.py.
+# Needs an NVIDIA GPU, or --device cpu, and a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass
+# (scripts/data_*.sh, .py). Results: $OUT.json, $OUT.txt, $OUT.png (build/quality_125m; $OUT.RUN.json: those that are done). $KEEP
+# (build/quality_125m): every run's folder with metrics.jsonl and its last checkpoint, for scripts/figure_*.py and
+# `scripts/throughput_table.sh --checkpoint`. Further options go to dev/compare_training.py. When a run fails no other starts, those
+# beside it go on to their end, and $OUT.RUN.log holds what it said.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 fail() {
@@ -45,14 +47,17 @@ compare() {
     "$python" dev/compare_training.py --out "$json" --keep "$keep" --data "$data" --model fox-pro-125m -T 16384 --batch-tokens 131072 \
         --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 32 --val-every 80 "$@"
 }
-# train PLACE RUN [options]: into $out.RUN.json, on the GPU of this place among $gpus
+# train PLACE RUN [options]: into $out.RUN.json, on the GPU of this place among $gpus. The first run that fails removes the file
+# $going and says so; without it none starts.
 train() {
     local gpu run=$2
+    [ -e "$going" ] || exit 1
     gpu=$(echo "$gpus" | cut -d' ' -f$(($1 + 1)))
     shift 2
     if ! CUDA_VISIBLE_DEVICES=$gpu compare "$out.$run.json" "$run" "$@" >"$out.$run.log" 2>&1; then
         rm -f "$out.$run.json"
-        fail "$(grep . "$out.$run.log" | tail -n 2)"
+        ! rm "$going" 2>/dev/null || fail "run $run failed: $(grep . "$out.$run.log" | tail -n 1); its log: $out.$run.log"
+        exit 1
     fi
     grep "^$run: " "$out.$run.log"
     rm -f "$out.$run.log"
@@ -68,6 +73,16 @@ for run in ${RUNS:-off transformer paper tight paper@2}; do # the long ones firs
         todo="$todo $run"
     fi
 done
+case " $* " in
+*' --device cpu '* | *' --device=cpu '*) ;;
+*)
+    [ -z "$todo" ] || command -v nvidia-smi >/dev/null ||
+        fail 'no NVIDIA GPU here (nvidia-smi is not found); --device cpu is for models that are much smaller'
+    ;;
+esac
+going=$(mktemp) || fail 'no temporary file could be made'
+trap 'rm -f "$going"' EXIT
+export going
 # shellcheck disable=SC2016,SC2086
 printf '%s\n' $todo | xargs -r -P "$(echo "$gpus" | wc -w)" -I{} --process-slot-var=place bash -u -c 'train "$place" "$@"' train {} "$@" || exit 1
 parts=()

@@ -7,6 +7,7 @@ Ends with "N passed, N failed".
 """
 
 import pathlib
+import shutil
 import struct
 import sys
 import tempfile
@@ -189,6 +190,14 @@ def check_scripts(t, run, folder):
     )
     for script in sorted((ROOT / "scripts").glob("figure_*.py")):
         t.fails([sys.executable, "-S", script, run, "-o", folder / "x.png"], "numpy is missing", f"{script.name} without packages")
+    blocks = [sys.executable, ROOT / "scripts" / "figure_blocks.py"]
+    t.fails([*blocks, run, "-o", folder / "x.png"], "no records of kind 'ranges': ./train_fox --eval writes them", "blocks of a training")
+    only = folder / "only"  # what --eval leaves with an -o of its own
+    only.mkdir()
+    shutil.copy(run / "eval.jsonl", only)
+    t.run([*blocks, only, "-o", folder / "x.png"], "blocks: a folder with eval.jsonl alone")
+    loss = [sys.executable, ROOT / "scripts" / "figure_loss.py"]
+    t.fails([*loss, only, "-o", folder / "x.png"], "no records of kind 'step': training writes them", "loss of an evaluation")
     cut = folder / "cut.safetensors"
     cut.write_bytes(GATES.read_bytes()[:100000])
     t.fails([sys.executable, ROOT / "scripts" / "figure_savings.py", cut, "-o", folder / "x.png"], "cut.safetensors", "half a gates file")

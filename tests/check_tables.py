@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import struct
 import sys
@@ -222,7 +223,14 @@ def check_quality(t, folder):
         "quality: runs of before stay in the table",
     )
     t.fails(["bash", ROOT / "scripts" / "run_quality_125m.sh", folder / "none"], "no folder there", "quality without data", env=environment)
-    t.fails([*script], "no run of this name", "quality of an unknown run", env=dict(environment, RUNS="fast", OUT=str(folder / "no")))
+    no = dict(environment, RUNS="fast quick off", OUT=str(folder / "no"))
+    t.fails(script, f"no run of this name; --help lists them; its log: {folder / 'no'}.", "quality of unknown runs", env=no)
+    t.check(not list(folder.glob("no.off*")), "quality: no run starts after one that failed")
+    tools = folder / "tools"  # without nvidia-smi
+    tools.mkdir()
+    for name in ("bash", "dirname", "mkdir", "tr"):
+        (tools / name).symlink_to(shutil.which(name))
+    t.fails(script[:3], "no NVIDIA GPU here", "quality without a GPU", env=dict(no, PATH=str(tools)))
 
 
 def main():

@@ -202,7 +202,8 @@ static cudaError_t attributes(cudaFuncAttributes *found) {
 #define cudaFuncSetAttribute(...) cudaSuccess
 #define cudaFuncGetAttributes(found, kernel) emulated::attributes(found)
 #define cudaGetDevice(device) (*(device) = 0, cudaSuccess)
-#define cudaDeviceGetAttribute(value, attribute, device) ((void)(device), *(value) = 2, cudaSuccess) /* processors */
+#define cudaDeviceGetAttribute(value, attribute, device) \
+    ((void)(device), *(value) = (attribute) == cudaDevAttrMultiProcessorCount ? 2 : 101376, cudaSuccess) /* or bytes */
 #define cudaGetErrorString(status) "an error"
 
 /* ---- what device code has ---- */

@@ -929,7 +929,43 @@ static void data_test_big_shard(Tests *t) {
     remove(path);
 }
 
+/* In a folder the last of "train" and "val" in a name decides. */
+static void data_test_kinds(Tests *t) {
+    static const struct {
+        const char *name;
+        char kind;
+    } cases[] = {{"train_0.bin", 't'},          {"a/val.bin", 'v'},   {"medieval_train_0.bin", 't'}, {"constrained_val_0.bin", 'v'},
+                 {"train/interval_val.bin", 'v'}, {"val/other.bin", 0}, {"*train*.bin", 't'}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        check(t, dataloader_kind(cases[i].name) == cases[i].kind, "data: kind of %s", cases[i].name);
+    }
+    DataFixture fixture;
+    char path[2][1000];
+    PathList list;
+    const int64_t sizes[] = {100};
+    uint16_t val[95] = {0};
+    if (!data_fixture_create(t, &fixture, "data_kinds", 300, 1, sizes)) {
+        return;
+    }
+    static const char *const names[] = {"medieval_train.bin", "constrained_val.bin"};
+    static const char *const patterns[] = {DATALOADER_TRAIN_PATTERN, DATALOADER_VAL_PATTERN};
+    for (int i = 0; i < 2; i++) {
+        snprintf(path[i], sizeof path[i], "%s/%s", fixture.dir, names[i]);
+        data_write_shard(path[i], 20240520, 1, 95, 300, val, 95, 0);
+    }
+    for (int i = 0; i < 2; i++) {
+        bool ok = dataloader_list(fixture.dir, patterns[i], &list, NULL);
+        check(t, ok && list.count == 2 - i && strcmp(list.paths[0], path[i]) == 0, "data: %s has %d shards of its kind", patterns[i],
+              ok ? list.count : -1);
+        path_list_free(&list);
+    }
+    remove(path[0]);
+    remove(path[1]);
+    data_fixture_free(&fixture);
+}
+
 static void test_data(Tests *t) {
+    data_test_kinds(t);
     data_test_bijection(t);
     data_test_known_order(t);
     data_test_shuffle_small(t);

@@ -209,6 +209,11 @@ static void test_invariances(Tests *t) {
     test_model_run(&a, ACP_PAPER, -10);
     test_model_run(&b, ACP_PAPER, -10);
     check(t, memcmp(a.grads, b.grads, bytes) == 0, "recomputed activations give the same gradients, bit for bit");
+    for (int i = 0; i < config.num_hidden_layers * config.num_heads; i++) {
+        check(t, a.model.total[i] > 0 && a.model.total[i] == b.model.total[i] && a.model.skipped[i] == b.model.skipped[i],
+              "head %d: %g of %g blocks skipped, with recomputation %g of %g", i, a.model.skipped[i], a.model.total[i],
+              b.model.skipped[i], b.model.total[i]);
+    }
 #ifdef _OPENMP
     int threads = omp_get_max_threads();
     omp_set_num_threads(threads == 1 ? 3 : 1);

@@ -486,6 +486,13 @@ static void test_ranks_refusals(Tests *t, const RankFixture *f) {
               "%s: expected code 1 and one line with '%s', found code %d: %s", cases[i].what, cases[i].expected, code, text);
         free(text);
     }
+    run_train_command(run, "odd", "-x 8 -b 3", train);
+    snprintf(command, sizeof command, "%s 2 %s", f->launch, train);
+    int code = run_command(run, command);
+    char *text = run_output(run, "stderr");
+    check(t, code == 1 && run_count(text, "\n") == 1 && strstr(text, "x 2 ranks); -d 96 would work") != NULL,
+          "a step that 2 ranks cannot share: code %d: %s", code, text);
+    free(text);
 }
 
 /* Variables of the environment that make no sense. */

@@ -74,7 +74,6 @@ static pid_t run_start(const RunFixture *f, const char *command, int threads, in
         sigprocmask(SIG_SETMASK, &blocked, NULL);
         if (largest_file > 0) {
             struct rlimit limit = {(rlim_t)largest_file, (rlim_t)largest_file};
-            signal(SIGXFSZ, SIG_IGN); // so that write() fails instead
             setrlimit(RLIMIT_FSIZE, &limit);
         }
         execvp(argv[0], argv);
@@ -649,6 +648,7 @@ static const struct {
     {"context below", "-T -1", "0..1048576"},
     {"context above", "-T 1048577", "0..1048576"},
     {"micro-batch below", "-b -1", "0..65536"},
+    {"decay beyond zero", "-l 1 --weight-decay 1.5", "--weight-decay"},
     {"micro-batch above", "-b 65537", "0..65536"},
     {"micro-batch too large for a step", "-b 5", "-d 64"},
     {"batch tokens below", "-d -1", "0.."},
@@ -808,16 +808,16 @@ static void test_run_not_finite(Tests *t, const RunFixture *f) {
     check(t, access(dir, F_OK) != 0, "a NaN: no checkpoint of the last refused step");
 }
 
-/* Changes a byte in the middle of ROOT/name: of its data, not of its header. */
-static void run_damage(Tests *t, const RunFixture *f, const char *name) {
+/* Changes the byte of ROOT/name that is so many before its end (0: in the middle). */
+static void run_damage(Tests *t, const RunFixture *f, const char *name, long before_end) {
     char path[1300];
     snprintf(path, sizeof path, "%s/%s", f->root, name);
     FILE *file = fopen(path, "r+b");
     if (check(t, file != NULL && fseek(file, 0, SEEK_END) == 0, "%s can be opened", path)) {
-        long middle = ftell(file) / 2;
-        fseek(file, middle, SEEK_SET);
+        long at = before_end > 0 ? ftell(file) - before_end : ftell(file) / 2;
+        fseek(file, at, SEEK_SET);
         int byte = fgetc(file);
-        fseek(file, middle, SEEK_SET);
+        fseek(file, at, SEEK_SET);
         fputc(byte ^ 0x40, file);
         fclose(file);
     }
@@ -836,13 +836,24 @@ static void test_run_nothing_lost(Tests *t, const RunFixture *f) {
     char command[4096];
     run_train_command(f, "damaged", "-x 4 -n 4", command);
     run_expect(t, f, "4 steps", run_command(f, command), 0);
-    run_damage(t, f, "damaged/step_00000004/optimizer-00000-of-00001.safetensors");
+    run_damage(t, f, "damaged/step_00000004/optimizer-00000-of-00001.safetensors", 0);
     run_train_command(f, "damaged", "-x 8 -n 4 -y", command);
     run_expect_error(t, f, "damaged moments", command, "optimizer file is damaged");
-    run_damage(t, f, "damaged/step_00000004/model.safetensors");
+    run_damage(t, f, "damaged/step_00000004/model.safetensors", 0);
     run_expect_error(t, f, "damaged weights", command, "the checkpoint is damaged");
     snprintf(command, sizeof command, "%s -i data -o damaged -e damaged/step_00000004 -T 16 --eval", f->program);
     run_expect_error(t, f, "--eval of damaged weights", command, "the checkpoint is damaged");
+
+    snprintf(command, sizeof command, "%s -i data -o from_damaged -e damaged/step_00000004 -T 16 -d 64 -l 1e-3 -x 2", f->program);
+    run_expect_error(t, f, "training from damaged weights", command, "the checkpoint is damaged");
+
+    snprintf(command, sizeof command, "cp -r %s/data %s/other_text", f->root, f->root);
+    run_expect(t, f, "a copy of the data", run_command(f, command), 0);
+    run_train_command(f, "same_text", "-i other_text -x 2 -n 2", command);
+    run_expect(t, f, "2 steps on the copy", run_command(f, command), 0);
+    run_damage(t, f, "other_text/a_train.bin", 2);
+    run_train_command(f, "same_text", "-i other_text -x 4 -y", command);
+    run_expect_error(t, f, "resume with other text", command, "shards of other sizes or text");
 
     run_train_command(f, "again", "-x 2 -n -1", command);
     run_expect(t, f, "a run without checkpoints", run_command(f, command), 0);

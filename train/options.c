@@ -402,6 +402,10 @@ bool options_resolve(Options *options, const FoxPreset *preset, int ranks, FoxEr
         return fox_fail(err, "--final-lr %g is above the peak learning rate %g (-l); expected at most that",
                         options->final_lr, options->learning_rate);
     }
+    if (options->learning_rate * options->weight_decay > 1) {
+        return fox_fail(err, "-l %g times --weight-decay %g is more than 1: weights would change sign at every step", options->learning_rate,
+                        options->weight_decay);
+    }
     // One sequence on every rank is the least a step can be. B may be chosen freely where it was not given.
     int64_t T = options->context, row = T * ranks;
     int64_t most = T < 16384 ? 16384 / T : 1;

@@ -154,7 +154,6 @@ static bool meet(Ranks *ranks, const Launch *launch, FoxError *err) {
         close(launch->listener);
     }
     if (met && share_greetings(launch, sockets, greetings, err)) {
-        signal(SIGPIPE, SIG_IGN); // a reader of our output that is gone must not end one rank alone
         ranks->links = links;
         links->data = sockets[DATA];
         learn(ranks, greetings);
@@ -424,9 +423,9 @@ void ranks_resting(const Ranks *ranks) {
     }
 }
 
-void ranks_patience(const Ranks *ranks, double progress, double silence) {
+void ranks_patience(const Ranks *ranks, double progress, double silence, bool forget) {
     if (ranks->links != NULL) {
-        watch_patience(ranks->links->watch, progress, silence);
+        watch_patience(ranks->links->watch, progress, silence, forget);
     }
 }
 

@@ -56,8 +56,9 @@ FOX_PRINTF(2, 3) FOX_NORETURN void ranks_fail(const Ranks *, const char *format,
 void ranks_working(const Ranks *, int64_t step);
 void ranks_resting(const Ranks *);
 /* When a rank counts as hung: so many seconds without progress, beyond four times its longest pause so far (0: never; so it
- * is until the first call). And when as stopped: so many seconds of silence (0: never). */
-void ranks_patience(const Ranks *, double progress, double silence);
+ * is until the first call). And when as stopped: so many seconds of silence (0: never). forget: the pauses so far are not the
+ * usual ones. */
+void ranks_patience(const Ranks *, double progress, double silence, bool forget);
 
 /* A device's part in the watch. Both are called from the watch's thread. */
 typedef struct RanksGuard {

@@ -17,19 +17,24 @@
 #define IMPATIENCE_SECONDS 3
 
 /* Set by a signal; a handler can reach nothing but a global. */
-static volatile sig_atomic_t stop_requested = 0;
+static volatile sig_atomic_t stop_requested = 0, stop_tells = 0;
 static volatile double stop_time = 0;
 
 /* The first signal asks for the end after this step. Another one a while later ends at once; launchers and terminals may send
- * the same wish twice. */
-static void on_signal(int number) {
+ * the same wish twice, and so may the watch (train/watch.h), whose launcher is gone. */
+static void on_signal(int number, siginfo_t *info, void *context) {
+    static const char told[] = "\nstops after this step; the same signal 3 seconds later ends at once, and saves nothing\n";
     double now = fox_now();
-    if (stop_requested && now - stop_time > IMPATIENCE_SECONDS) {
+    (void)context;
+    if (stop_requested && now - stop_time > IMPATIENCE_SECONDS && info->si_pid != getpid()) {
         _Exit(128 + number);
     }
     if (!stop_requested) {
         stop_time = now;
         stop_requested = 1;
+        if (stop_tells && write(STDOUT_FILENO, told, sizeof told - 1) < 0) {
+            stop_tells = 0; // nobody reads
+        }
     }
 }
 
@@ -92,7 +97,7 @@ static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
     }
     // How much is validated must not change with the number of ranks, so it is counted in micro-batches of one rank.
     Options alone = *o;
-    if (!options_resolve(&alone, preset, 1, err) || !options_resolve(o, preset, t->ranks.size, err)) {
+    if (!options_resolve(o, preset, t->ranks.size, err) || !options_resolve(&alone, preset, 1, err)) {
         return false;
     }
     t->val_windows = o->val_batches * alone.micro_batch;
@@ -100,20 +105,28 @@ static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
     return true;
 }
 
-/* How long another rank may give no sign of life; `more`: seconds that progress may take longer. */
-static void set_patience(const Trainer *t, double more) {
-    double seconds = (double)t->options.hang_timeout;
-    ranks_patience(&t->ranks, seconds > 0 ? seconds + more : 0, seconds);
+/* How long another rank may give no sign of life. The start and the first step take what no other step takes; the second has as much
+ * time, and shows how long pauses usually are. */
+static void set_patience(const Trainer *t) {
+    double seconds = (double)t->options.hang_timeout, more = t->steps_made < 2 ? START_SECONDS : 0;
+    ranks_patience(&t->ranks, seconds > 0 ? seconds + more : 0, seconds, t->steps_made < 2);
 }
 
 bool trainer_start(Trainer *t, int *argc, char ***argv, FoxError *err) {
     memset(t, 0, sizeof *t);
     memset(err, 0, sizeof *err);
     t->saved_step = -1;
+    for (int fd = 0; fd < 3; fd++) { // where the caller closed one, the next file opened would take its place
+        if (fcntl(fd, F_GETFD) < 0) {
+            open("/dev/null", O_RDWR);
+        }
+    }
+    signal(SIGPIPE, SIG_IGN); // a reader of our output that is gone must not end the run
+    signal(SIGXFSZ, SIG_IGN); // nor a limit on the size of files: writing fails then as on a full disk
     bool ok = ranks_init(&t->ranks, argc, argv, err);
     metrics_begin(&t->metrics, t->ranks.rank == 0);
     ok = ok && everyone(t, read_options(t, *argc, *argv, err), err);
-    set_patience(t, START_SECONDS);
+    set_patience(t);
     return ok;
 }
 
@@ -144,7 +157,7 @@ static bool open_val_shards(Trainer *t, FoxError *err) {
     const Options *o = &t->options;
     const char *where = o->val_data;
     PathList found;
-    if (where[0] == '\0' && is_directory(o->data) && path_list(o->data, DATALOADER_VAL_PATTERN, &found, NULL)) {
+    if (where[0] == '\0' && is_directory(o->data) && dataloader_list(o->data, DATALOADER_VAL_PATTERN, &found, NULL)) {
         path_list_free(&found);
         where = o->data;
     }
@@ -315,7 +328,8 @@ static bool check_resumed(const Trainer *t, FoxError *err) {
     if (s->data_hash != dataloader_hash(&t->train) || s->windows != t->train.windows) {
         return fox_fail(
             err,
-            "%s: the run used other shards or another -T or --data-order (%lld windows, found %lld); resume with the same, or "
+            "%s: the run used shards of other sizes or text, or another -T or --data-order (it had %lld windows, now %lld); resume with "
+            "the same, or "
             "begin a new run from its weights: -e %s and another -o",
             dir, (long long)s->windows, (long long)t->train.windows, dir);
     }
@@ -329,6 +343,14 @@ static bool check_resumed(const Trainer *t, FoxError *err) {
     return true;
 }
 
+/* The weights of the checkpoint -e; hash: of its state.json, 0 where it is a model alone. */
+static bool load_weights(Trainer *t, uint64_t hash, FoxError *err) {
+    const char *dir = t->options.model;
+    return checkpoint_load_model(dir, &t->backend, &t->ranks, err) &&
+           (hash == 0 || everyone(t, checkpoint_param_hash(&t->backend, &t->ranks) == hash ||
+            fox_fail(err, "%s: the weights are not those that its state.json tells of: the checkpoint is damaged", dir), err));
+}
+
 /* Fills the parameters: from the run to resume, from a checkpoint, or afresh from the seed. */
 static bool fill_backend(Trainer *t, FoxError *err) {
     Backend *b = &t->backend;
@@ -339,18 +361,15 @@ static bool fill_backend(Trainer *t, FoxError *err) {
     }
     if (t->options.eval) {
         return everyone(t, checkpoint_read_state(t->options.model, &t->state, err), err) &&
-               checkpoint_load_model(t->options.model, b, &t->ranks, err) &&
-               (t->state.param_hash == 0 || // a model alone
-                everyone(t, checkpoint_param_hash(b, &t->ranks) == t->state.param_hash ||
-                         fox_fail(err, "%s: the weights are not those that its state.json tells of: the checkpoint is damaged",
-                                  t->options.model), err));
+               load_weights(t, t->state.param_hash, err);
     }
     t->state.seed = (uint64_t)t->options.seed;
     t->state.windows = t->train.windows;
     t->state.data_hash = dataloader_hash(&t->train);
     t->state.best_val_loss = (double)NAN;
     if (fox_find_preset(t->options.model) == NULL) {
-        return checkpoint_load_model(t->options.model, b, &t->ranks, err);
+        TrainState theirs;
+        return everyone(t, checkpoint_read_state(t->options.model, &theirs, err), err) && load_weights(t, theirs.param_hash, err);
     }
     float *params = FOX_NEW(float, b->table.total);
     fox_init_parameters(&b->table, t->state.seed, params);
@@ -502,13 +521,14 @@ static void print_plan(Trainer *t) {
 /* SIGUSR1 is what mpirun passes on and srun --signal sends; SIGHUP comes when a terminal, or mpirun's, goes. SIGINT and SIGHUP stay
  * ignored where the caller ignored them (nohup, a shell's background). The other two are never anything but a wish, and some
  * that start programs ignore or block SIGUSR1 themselves. */
-static void take_signals(void) {
+static void take_signals(bool tells) {
     static const int signals[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP};
     struct sigaction action, before;
     sigset_t ours;
+    stop_tells = tells;
     memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;
-    action.sa_flags = SA_RESTART;
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_RESTART | SA_SIGINFO;
     sigemptyset(&ours);
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
         bool wish = signals[i] == SIGTERM || signals[i] == SIGUSR1;
@@ -535,7 +555,7 @@ bool trainer_open_output(Trainer *t, FoxError *err) {
     print_plan(t);
     record_run(t);
     if (!eval) {
-        take_signals();
+        take_signals(t->ranks.rank == 0);
     }
     return true;
 }
@@ -551,7 +571,7 @@ static bool advance_save(Trainer *t, bool wait, FoxError *err) {
     }
     if (!w->busy) {
         t->saved_step = w->state.step;
-        if (t->ranks.rank == 0) {
+        if (t->ranks.rank == 0 && w->state.skipped_in_a_row == 0) { // else the weights may be what is not finite
             checkpoint_prune(t->options.out, (int)t->options.keep);
         }
         metrics_checkpoint(&t->metrics, w->state.step, w->stall, w->copying, w->seconds);
@@ -674,7 +694,9 @@ static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) 
     r.exchange_ms = stats->exchange_ms;
     r.exposed_ms = stats->exposed_ms;
     r.gpu_memory = strcmp(t->backend.name, "cuda") == 0 ? t->backend.memory(&t->backend) : -1;
+    ranks_resting(&t->ranks); // whoever reads what is printed may be slow
     metrics_step(&t->metrics, &r);
+    ranks_working(&t->ranks, t->state.step);
 }
 
 bool trainer_update(Trainer *t, bool ok, FoxError *err) {
@@ -695,7 +717,8 @@ bool trainer_update(Trainer *t, bool ok, FoxError *err) {
     attend_save(t, false);
     t->step_started = 0;
     ranks_working(&t->ranks, t->state.step);
-    set_patience(t, 0);
+    t->steps_made++;
+    set_patience(t);
     if (stats.applied) {
         return true;
     }
@@ -794,7 +817,8 @@ bool trainer_evaluate(Trainer *t, FoxError *err) {
     if (t->ranges != NULL) {
         metrics_ranges(&t->metrics, t->state.step, layers, heads, t->options.context, t->backend.block, t->ranges);
     }
-    return true;
+    return everyone(t, !t->metrics.write_failed || fox_fail(err, "%s/eval.jsonl: the records cannot be written; make room, or choose "
+                    "another -o", t->options.out), err);
 }
 
 void trainer_report_pruning(Trainer *t) {
@@ -828,6 +852,10 @@ static bool save_the_end(Trainer *t, FoxError *err) {
     attend_save(t, true);
     if (t->writer.backend == NULL || t->diverged || t->state.step == 0 || t->saved_step == t->state.step) {
         return true;
+    }
+    if (t->state.skipped_in_a_row > 0 && t->ranks.rank == 0) {
+        metrics_warn(&t->metrics, "the last %d steps were not finite: their checkpoint is kept beside the ones before",
+                     t->state.skipped_in_a_row);
     }
     return checkpoint_begin(&t->writer, &t->state, err) && advance_save(t, true, err);
 }

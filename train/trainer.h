@@ -40,6 +40,7 @@ typedef struct Trainer {
     double *skipped, *blocks; /* [L, H], since the last pruning report */
     CheckpointWriter writer;  /* backend NULL: not open yet */
     int64_t saved_step;       /* step of the newest whole checkpoint; -1: none yet */
+    int64_t steps_made;       /* by this process */
     bool diverged;            /* stopped by non-finite steps: no checkpoint is written any more */
 } Trainer;
 

@@ -14,7 +14,7 @@
 #define SILENCE 40.0         /* seconds without any, after which a rank counts as stopped, until ranks_patience says otherwise */
 #define PAUSES 4             /* times the longest pause so far, which is no hang yet */
 #define REST 30              /* times as long may a rank rest */
-#define ABORT_SECONDS 2      /* a device may take to let go: NCCL waits for the other ranks of the machine, which may be stopped */
+#define END_SECONDS 2        /* the end may take: a terminal may not read, NCCL waits for ranks of this machine that may be stopped */
 #define TEXT 600
 
 typedef enum Kind { STATUS = 1, FAILED, LEAVING } Kind;
@@ -122,9 +122,9 @@ void watch_end(Watch *w) {
     pthread_mutex_unlock(&w->mutex);
 }
 
-void watch_patience(Watch *w, double progress_seconds, double silence) {
+void watch_patience(Watch *w, double progress_seconds, double silence, bool forget) {
     pthread_mutex_lock(&w->mutex);
-    w->longest = progress_seconds == w->patience ? w->longest : 0; // the pauses of the start are not the usual ones
+    w->longest = forget ? 0 : w->longest;
     w->patience = progress_seconds;
     w->silence = silence;
     pthread_mutex_unlock(&w->mutex);
@@ -185,6 +185,12 @@ FOX_NORETURN static void end(Watch *w, const char *text, bool print) {
     while (__atomic_exchange_n(&w->ending, 1, __ATOMIC_ACQ_REL)) {
         pause(); // another thread ends this process: what fails here is a consequence
     }
+    signal(SIGALRM, SIG_DFL);
+    sigset_t alarms;
+    sigemptyset(&alarms);
+    sigaddset(&alarms, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &alarms, NULL); // for this thread: a main thread that is stopped takes no signal
+    alarm(END_SECONDS);
     if (print) {
         fprintf(stderr, "\ntrain_fox: error: %s; all ranks end\n", text);
         fflush(stderr);
@@ -196,12 +202,6 @@ FOX_NORETURN static void end(Watch *w, const char *text, bool print) {
         pthread_mutex_unlock(&w->mutex);
     }
     if (guard.abort != NULL) {
-        signal(SIGALRM, SIG_DFL);
-        sigset_t alarms;
-        sigemptyset(&alarms);
-        sigaddset(&alarms, SIGALRM);
-        pthread_sigmask(SIG_UNBLOCK, &alarms, NULL); // for this thread: a main thread that is stopped takes no signal
-        alarm(ABORT_SECONDS);
         guard.abort(guard.context);
     }
     _exit(1);
