@@ -4,8 +4,8 @@
  * bool and takes a FoxError: false means failed, and the error holds one line that says what is wrong, where, and
  * what to do about it. Only main() prints and exits. fox_die() is for what no caller could handle.
  *
- * Every header here compiles as C11 and as C++17, because nvcc compiles what
- * includes them in cuda/ as C++. */
+ * Every header here compiles as C11 and as C++17, because nvcc compiles the
+ * files of cuda/ that include them as C++. */
 #ifndef FOX_COMMON_H
 #define FOX_COMMON_H
 

@@ -2,8 +2,8 @@
  *
  * metrics.jsonl holds one JSON object a line. Every one has "kind" and "step":
  *   run         at each start: settings, model, data, ranks
- *   step        tokens, loss, lr, grad_norm, applied, step_ms, tokens_per_s, mfu, pruned, gpu_mem_bytes; with several GPUs exchanged_bytes,
- *               exchange_ms, exposed_ms
+ *   step        tokens, loss, lr, grad_norm, applied, step_ms, tokens_per_s, mfu, pruned, gpu_mem_bytes; with several
+ *               GPUs exchanged_bytes, exchange_ms, exposed_ms
  *   validation  tokens, loss, pruned; by position in the window (train/positions.h): position_edges, position_loss,
  *               position_tokens
  *   pruning     fraction of causal attention blocks skipped since the last report: all, and [layer][head]
