@@ -713,6 +713,7 @@ static const struct {
 
     {"model neither preset nor folder", "-e fox-pro-huge", "fox-pro-huge"},
     {"model is a file", "-e bad/magic.bin", "bad/magic.bin"},
+    {"model is a run", "-e good_run", "-e good_run/step_00000002"},
     {"model without config.json", "-e bad/no_config", "config.json"},
     {"config broken", "-e bad/broken", "config.json"},
     {"config deep", "-e bad/deep", "config.json"},

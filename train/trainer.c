@@ -284,8 +284,12 @@ static bool read_model(Trainer *t, FoxError *err) {
     const Options *o = &t->options;
     const FoxPreset *preset = fox_find_preset(o->model);
     const char *dir = t->resume_dir[0] ? t->resume_dir : preset == NULL ? o->model : NULL;
-    if (dir != NULL && !checkpoint_read_config(dir, &t->config, err)) {
-        return false;
+    char newest[1024];
+    FoxError why = {""};
+    if (dir != NULL && !checkpoint_read_config(dir, &t->config, &why)) {
+        return dir == o->model && checkpoint_latest(dir, newest, NULL)
+                   ? fox_fail(err, "%s is the folder of a run; give one of its checkpoints: -e %s", dir, newest)
+                   : fox_fail(err, "%s", why.text);
     }
     if (preset != NULL) {
         FoxConfig config = fox_preset_config(preset, t->vocab_size);
