@@ -797,6 +797,7 @@ bool trainer_validate(Trainer *t, FoxError *err) {
     ranks_sum_double(&t->ranks, bins.losses, bins.count);
     ranks_sum_double(&t->ranks, bins.tokens, bins.count);
     double loss = sums[0] / sums[1], pruned = count_pruning(t);
+    ranks_resting(&t->ranks); // whoever reads what is printed may be slow
     metrics_validation(&t->metrics, t->state.step, t->state.tokens, loss, pruned, &bins);
     if (t->options.eval) {
         metrics_say(&t->metrics, "step %lld: validation loss %.6f", (long long)t->state.step, loss);
