@@ -167,14 +167,14 @@ static inline char dataloader_kind(const char *path) {
     return kind;
 }
 
-/* path_list for shards. Of a folder, only those of the pattern's own kind: medieval_train_0.bin is not for validation. */
+/* path_list (train/files.h) for shards; `pattern` is DATALOADER_TRAIN_PATTERN or DATALOADER_VAL_PATTERN. Of a folder, only those
+ * of the pattern's own kind: medieval_train_0.bin is not for validation. Fails when none is there. */
 static inline bool dataloader_list(const char *where, const char *pattern, PathList *list, FoxError *err) {
-    struct stat status;
     if (!path_list(where, pattern, list, err)) {
         return false;
     }
     int kept = 0;
-    bool folder = stat(where, &status) == 0 && S_ISDIR(status.st_mode);
+    bool folder = is_directory(where);
     for (int i = 0; i < list->count; i++) {
         if (folder && dataloader_kind(list->paths[i]) != dataloader_kind(pattern)) {
             free(list->paths[i]);

@@ -26,7 +26,6 @@
 #ifndef FOX_TOKENIZER_H
 #define FOX_TOKENIZER_H
 
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "train/common.h"
@@ -1033,9 +1032,8 @@ static inline bool tokenizer_open(const char *path, Tokenizer *t, FoxError *err)
         tokenizer_open_bytes(t);
         return true;
     }
-    struct stat info;
     size_t length = strlen(path);
-    bool folder = stat(path, &info) == 0 && S_ISDIR(info.st_mode);
+    bool folder = is_directory(path);
     bool json = length >= 5 && strcmp(path + length - 5, ".json") == 0;
     bool ok = folder ? tokenizer_open_folder(t, path, err)
             : json   ? tokenizer_open_pair(t, path, err)

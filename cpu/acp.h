@@ -200,8 +200,8 @@ static inline void acp_query_blocks(const AcpHead *head, int block_q, const floa
  * skipped block is paid for in the sum. Taking the minimum over all later query blocks makes first[] non-decreasing,
  * which only keeps more.
  *
- * lse: NULL, or the log-normalisers [T] of a forward pass (sharper; a step has one set of ranges and does not use it). The 0.02 covers
- * float32 rounding of the same computation on the GPU. first: [acp_blocks(T, block_q)]. */
+ * lse: NULL, or the log-normalisers [T] of a forward pass (sharper; a step has one set of ranges and does not use it).
+ * The 0.02 covers float32 rounding of the same computation on the GPU. first: [acp_blocks(T, block_q)]. */
 static inline void acp_first_blocks_tight(const AcpHead *head, double log_tolerance, int block_q, int block_k,
                                           const float *lse, int *first) {
     int T = head->T, nq = acp_blocks(T, block_q), nk = acp_blocks(T, block_k);

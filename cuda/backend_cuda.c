@@ -853,7 +853,8 @@ static double peak_flops(const char *device) {
     return 0;
 }
 
-/* What the kernels cannot do is refused before any memory is taken; the launchers check it again. */
+/* What the kernels cannot do on the current device is refused, with the option to change, before any memory is taken; the
+ * launchers check it again. */
 static bool check_sizes(const BackendSpec *spec, FoxError *err) {
     const FoxConfig *c = &spec->config;
     int head_width = c->hidden_size / c->num_heads;

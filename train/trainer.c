@@ -43,11 +43,6 @@ static bool everyone(const Trainer *t, bool ok, FoxError *err) {
     return ranks_everyone(&t->ranks, ok, err);
 }
 
-static bool is_directory(const char *path) {
-    struct stat status;
-    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
-}
-
 /* What a writer of JSON writes, as a string. The caller frees it. */
 static char *options_json(const Options *options) {
     char *text = NULL;
