@@ -9,8 +9,8 @@
 #
 #   model    fox-pro-125m, transformer-pro-125m
 #   tokens   $TOKENS (100e6) a run: 762 steps of 131,072; about 1e17 floating-point operations each
-#   recipe   AdamW, peak rate 3e-4, 32 steps of warm-up, cosine to 0. Where the rate is much larger, runs that differ in rounding
-#            alone drift apart as much as seeds do
+#   recipe   AdamW, peak rate 3e-4, 128 steps of warm-up, cosine to 0. Where the rate is much larger, or at its peak while the loss
+#            leaves its first plateau (32 steps), runs that differ in rounding alone drift apart, at worst as much as seeds do
 #   time     tokens / (tokens/s of the machine): an H100 trained at 503,000 tokens/s with `paper`, at 235,000 without pruning
 #            (docs/results/training.md), which is 3.3 and 7.1 minutes a run
 #
@@ -45,7 +45,7 @@ compare() {
     local json=$1
     shift
     "$python" dev/compare_training.py --out "$json" --keep "$keep" --data "$data" --model fox-pro-125m -T 16384 --batch-tokens 131072 \
-        --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 32 --val-every 80 "$@"
+        --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 128 --val-every 80 "$@"
 }
 # train PLACE RUN [options]: into $out.RUN.json, on the GPU of this place among $gpus. The first run that fails removes the file
 # $going and says so; without it none starts.

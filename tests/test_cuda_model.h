@@ -98,14 +98,15 @@ static void compare_models(Tests *t, uint64_t seed, double *worst) {
     g.free(&g);
 }
 
-/* Twenty steps of training from the same weights on the same batches: the losses stay together. */
+/* Twenty steps of training (quick: eight) from the same weights on the same batches: the losses stay together. */
 static void compare_training(Tests *t) {
     BackendSpec spec;
     Backend c, g;
     AdamW adamw = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 0};
     StepStats sc, sg;
-    enum { B = 2, T = 128, STEPS = 20 };
+    enum { B = 2, T = 128 };
     int32_t tokens[B * T], targets[B * T];
+    int steps = t->quick ? 8 : 20; /* racecheck takes tens of milliseconds for a launch */
     double worst = 0;
     memset(&spec, 0, sizeof spec);
     spec.config = pro_config(61, 128, 2, 2);
@@ -117,7 +118,7 @@ static void compare_training(Tests *t) {
     if (!open_both(t, &spec, &c, &g, 11)) {
         return;
     }
-    for (adamw.step = 1; adamw.step <= STEPS; adamw.step++) {
+    for (adamw.step = 1; adamw.step <= steps; adamw.step++) {
         for (int micro = 0; micro < 2; micro++) {
             for (int i = 0; i < B * T; i++) { /* something to learn: the next token follows from this one */
                 tokens[i] = (int32_t)(fox_random((uint64_t)(2 * adamw.step + micro), (uint64_t)i) % 61);
@@ -132,9 +133,9 @@ static void compare_training(Tests *t) {
               (int)adamw.step, sg.grad_norm, sc.grad_norm);
         worst = fmax(worst, fabs(sg.loss - sc.loss));
     }
-    check_error(t, "losses of 20 training steps, GPU against CPU", worst, 0.02);
-    check(t, sg.loss < 3.5, "training on the GPU learns: loss %g", sg.loss);
-    printf("training 20 steps: losses of GPU and CPU within %.2g, last loss %.3f\n", worst, sg.loss);
+    check_error(t, "losses of training steps, GPU against CPU", worst, 0.02);
+    check(t, t->quick || sg.loss < 3.5, "training on the GPU learns: loss %g", sg.loss);
+    printf("training %d steps: losses of GPU and CPU within %.2g, last loss %.3f\n", steps, worst, sg.loss);
 
     float nan = NAN, *before = FOX_NEW(float, g.table.total), *after = FOX_NEW(float, g.table.total);
     g.read(&g, FOX_PARAMS, 0, g.table.total, before);
@@ -156,6 +157,7 @@ static void compare_recompute(Tests *t) {
     BackendSpec spec;
     enum { B = 2, T = 300, N = B * T };
     int32_t tokens[N], targets[N];
+    int different = 0;
     float *first = NULL;
     memset(&spec, 0, sizeof spec);
     spec.config = pro_config(97, 256, 3, 4);
@@ -179,14 +181,15 @@ static void compare_recompute(Tests *t) {
             first = FOX_NEW(float, g.table.total);
             memcpy(first, grads, bytes);
         }
-        check(t, memcmp(first, grads, bytes) == 0, "recompute level %d gives the same gradients, bit for bit", spec.recompute);
+        different += !check(t, memcmp(first, grads, bytes) == 0, "recompute level %d gives the same gradients, bit for bit", spec.recompute);
         read_gradients(&g, tokens, targets, grads);
-        check(t, memcmp(first, grads, bytes) == 0, "repeating gives the same gradients, bit for bit");
+        different += !check(t, memcmp(first, grads, bytes) == 0, "repeating gives the same gradients, bit for bit");
         free(grads);
         c.free(&c);
         g.free(&g);
     }
     free(first);
+    printf("recompute levels 0 to 2: %d of 8 gradients differ\n", different);
 }
 
 /* Decoding gives the losses of the forward pass. */
@@ -196,6 +199,7 @@ static void compare_decoding(Tests *t) {
     enum { T = 150, V = 61 };
     int32_t tokens[T], targets[T];
     float evaluated[T], decoded[T], logits[V];
+    int length = t->quick ? 24 : T;
     memset(&spec, 0, sizeof spec);
     spec.config = pro_config(V, 128, 2, 2);
     spec.B = 1;
@@ -210,12 +214,13 @@ static void compare_decoding(Tests *t) {
     }
     g.evaluate(&g, tokens, targets, evaluated);
     g.decode_begin(&g, T);
-    for (int n = 0; n < T; n++) {
+    for (int n = 0; n < length; n++) {
         g.decode(&g, tokens[n], logits);
         cross_entropy(decoded + n, logits, targets + n, 1, V, 0);
     }
     g.decode_end(&g);
-    check_error(t, "losses of decoding on the GPU", max_error(decoded, evaluated, T), 0.05);
+    check_error(t, "losses of decoding on the GPU", max_error(decoded, evaluated, length), 0.05);
+    printf("decoding %d tokens: losses within %.2g of the forward pass\n", length, max_error(decoded, evaluated, length));
     c.free(&c);
     g.free(&g);
 }
