@@ -57,7 +57,7 @@ enum {
     ACP_BLOCK = 128,         /* queries, and keys, in a block: the grain of pruning */
     ACP_CHUNK = 2048,        /* steps that one thread block of a scan covers: 256 threads, 8 each */
     ACP_RANGES_SHARED = 20,  /* bytes of shared memory that the search for ranges needs for each block */
-    ACP_MOST_BLOCKS = 11000, /* that fit in it on any chip: 1.4 million tokens */
+    ACP_MOST_BLOCKS = 11000, /* 1.4 million tokens; where shared memory is smaller fewer: acp_most_tokens */
 };
 
 #define ACP_LOG2E 1.4426950408889634
@@ -80,7 +80,7 @@ typedef struct AcpSaved {
     unsigned *next; /* [3], of each order: how far thread blocks that stay have come; 0 between launches */
 } AcpSaved;
 
-/* Shared by all layers; forward and backward use different parts at different times. */
+/* Shared by all layers. What finds the ranges and what backward needs lie in the same bytes: never both are needed. */
 typedef struct AcpWork {
     float2 *norms; /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
     /* tight */
@@ -90,7 +90,7 @@ typedef struct AcpWork {
     int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
     /* backward */
     float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf from T to a multiple of 64 */
-    float *delta;  /* [BH, padded], of each query dO.o, corrected so that the row of dS as rounded sums to 0; 0 as far */
+    float *delta;  /* [BH, padded], of each query dO.o plus what the row of dS, in float32, then lacks to a sum of 0; 0 as far */
     float *dc;     /* [BH, padded], of each key minus the column sum of dS: the row sums are in delta */
 } AcpWork;
 

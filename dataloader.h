@@ -500,8 +500,9 @@ static inline bool dataloader_check_spec(const DataSpec *spec, FoxError *err) {
     return true;
 }
 
-/* Opens the shards of `where` (a folder, in which `pattern` selects; a glob; or one file), checks every header, and
- * starts to read ahead from position 0. No token is read before it is needed. On failure the loader is closed. */
+/* Opens the shards of `where` (a folder, in which `pattern` selects; a glob; or one file), checks every header against the
+ * file's size, hashes a few tokens of each shard (for dataloader_hash), and starts to read ahead from position 0. On failure
+ * the loader is closed. */
 static inline bool dataloader_open(DataLoader *loader, const char *where, const char *pattern, const DataSpec *spec,
                                    FoxError *err) {
     memset(loader, 0, sizeof *loader);

@@ -225,6 +225,7 @@ static inline void gate_forward(float *out, const float *x, const float *g, int6
     }
 }
 
+/* With s = sigmoid(g): dx += dout s, dg += dout x s (1 - s). All [count]. */
 static inline void gate_backward(float *dx, float *dg, const float *dout, const float *x, const float *g, int64_t count) {
 #pragma omp parallel for if (count >= FOX_PARALLEL * 64)
     for (int64_t i = 0; i < count; i++) {
@@ -245,6 +246,7 @@ static inline void swiglu_forward(float *out, const float *gu, int64_t N, int F)
     }
 }
 
+/* With s = sigmoid(g): dg += dout u s (1 + g (1 - s)), du += dout g s. dgu: [N, 2F], g's before u's; dout: [N, F]. */
 static inline void swiglu_backward(float *dgu, const float *dout, const float *gu, int64_t N, int F) {
 #pragma omp parallel for if (N >= FOX_PARALLEL)
     for (int64_t n = 0; n < N; n++) {
@@ -416,6 +418,8 @@ typedef struct FoxActs {
     void *memory;                /* which starts here */
 } FoxActs;
 
+/* A model at work on B sequences of T tokens (N = B T): parameters by name through the table, and all that forward leaves for
+ * backward. fox_model_create makes it, fox_forward and fox_forward_backward use it. */
 typedef struct FoxModel {
     FoxConfig config;
     const FoxTable *table;
@@ -436,6 +440,7 @@ typedef struct FoxModel {
 
 enum { FOX_HEAD_ROWS = 1024 }; /* rows of logits in memory at a time: V is large, N too */
 
+/* Where a layer's tensors stand in `base`, a flat space of parameters or of gradients; NULL: the model has no such tensor. */
 static inline FoxLayerWeights fox_layer_weights(const FoxTable *table, int layer, float *base) {
     const FoxLayerIds *id = &table->layers[layer];
 #define FOX_WEIGHT(index) ((index) < 0 ? NULL : base + table->tensors[index].offset)
@@ -505,6 +510,7 @@ static inline FoxActs fox_acts_layout(const FoxConfig *config, int B, int T, voi
     return a;
 }
 
+/* The caller frees .memory. */
 static inline FoxActs fox_acts_create(const FoxConfig *config, int B, int T) {
     return fox_acts_layout(config, B, T, fox_alloc((size_t)fox_acts_layout(config, B, T, NULL).bytes));
 }
@@ -675,6 +681,7 @@ static inline void fox_attention_forward(FoxModel *m, const FoxLayerWeights *w, 
     }
 }
 
+/* da->o to da->q, k, v and, with a forget gate, to da->f and its bias; of the pairs of blocks that forward visited (a->first). */
 static inline void fox_attention_backward(const FoxModel *m, const FoxLayerWeights *dw, FoxActs *da, const FoxActs *a) {
     int B = m->B, T = m->T, H = m->config.num_heads, d = m->config.hidden_size, D = d / H, blocks = acp_blocks(T, FOX_BLOCK);
 #pragma omp parallel for schedule(dynamic) if ((int64_t)B * T >= FOX_PARALLEL)
@@ -749,6 +756,7 @@ static inline void fox_block_backward(FoxModel *m, int layer, const FoxActs *a) 
     rmsnorm_backward(m->dx, dw.attn_norm, da->h1, m->x + layer * N * d, a->rstd1, w.attn_norm, N, 1, d, false);
 }
 
+/* A tensor of `base`, a flat space, by its place in the table. */
 static inline float *fox_weight(const FoxModel *m, float *base, int tensor) {
     return base + m->table->tensors[tensor].offset;
 }

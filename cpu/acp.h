@@ -35,10 +35,12 @@ typedef struct AcpHead {
     const double *c; /* [T], cumulative log forget gates, not increasing */
 } AcpHead;
 
+/* Blocks of T rows: ceil(T / block). */
 static inline int acp_blocks(int T, int block) {
     return (T + block - 1) / block;
 }
 
+/* Last row of block `index`. */
 static inline int acp_last_row(int T, int block, int index) {
     int end = (index + 1) * block;
     return (end < T ? end : T) - 1;
@@ -53,20 +55,16 @@ static inline int64_t acp_causal_blocks(int T, int block_q, int block_k) {
     return count;
 }
 
-static inline double acp_norm(const float *x, int D) {
-    double sum = 0;
-    for (int i = 0; i < D; i++) {
-        sum += (double)x[i] * (double)x[i];
-    }
-    return sqrt(sum);
-}
-
 static inline double acp_dot(const float *x, const float *y, int D) {
     double sum = 0;
     for (int i = 0; i < D; i++) {
         sum += (double)x[i] * (double)y[i];
     }
     return sum;
+}
+
+static inline double acp_norm(const float *x, int D) {
+    return sqrt(acp_dot(x, x, D));
 }
 
 /* Upper bound U of |q_i.k_j| / sqrt(D) under QK-norm, from the weights of one head, wq and wk: [D]. A vector after
@@ -129,6 +127,7 @@ typedef struct AcpQueryBlock {
     double norm;  /* Q = max |q_i| */
 } AcpQueryBlock;
 
+/* Fills blocks[acp_blocks(T, block_k)]. */
 static inline void acp_key_blocks(const AcpHead *head, int block_k, AcpKeyBlock *blocks) {
     for (int n = 0; n < acp_blocks(head->T, block_k); n++) {
         int last = acp_last_row(head->T, block_k, n);

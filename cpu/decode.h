@@ -31,6 +31,7 @@ typedef struct FoxDecoder {
     float *weights;              /* [H, max_tokens], softmax of one row */
 } FoxDecoder;
 
+/* An empty cache for up to max_tokens of one sequence; m's parameters are used, its activations are not. */
 static inline FoxDecoder fox_decoder_create(const FoxModel *m, int max_tokens) {
     FoxDecoder s;
     int64_t L = m->config.num_hidden_layers, H = m->config.num_heads, d = m->config.hidden_size;

@@ -69,13 +69,6 @@ typedef struct CudaBackend {
     int prefix_length, prefix_limit;
 } CudaBackend;
 
-#define CUDA(call) check_cuda((call), #call)
-static void check_cuda(cudaError_t status, const char *call) {
-    if (status != cudaSuccess) {
-        fox_die("%s: %s", call, cudaGetErrorString(status));
-    }
-}
-
 static CudaBackend *cuda(Backend *b) {
     return (CudaBackend *)b->self;
 }
@@ -154,8 +147,8 @@ static int64_t kept_params(const Backend *b) {
     return front + partition_share(p) - front / p->ranks;
 }
 
-/* Takes what layer l keeps; with l < 0 the buffers that layers share. `level` is the recompute level at which a buffer
- * stops being kept. */
+/* Takes the buffers that every layer has for itself at this recompute level or, if `shared`, those that all layers use in turn.
+ * `level`: from this recompute level on a buffer is shared. */
 static void layer_layout(const BackendSpec *spec, const CudaBackend *s, Arena *a, CudaActs *acts, bool shared) {
     const FoxConfig *c = &spec->config;
     int64_t N = (int64_t)spec->B * spec->T, d = c->hidden_size, H = c->num_heads, F = c->intermediate_size;
@@ -254,7 +247,7 @@ static Arena cuda_layout(const Backend *b, CudaBackend *s, char *base) {
 static int64_t cuda_memory(const Backend *b) {
     const CudaBackend *s = (const CudaBackend *)b->self;
     size_t now = 0, total = 0;
-    CUDA(cudaMemGetInfo(&now, &total));
+    CUDA_CHECK(cudaMemGetInfo(&now, &total));
     return (int64_t)s->free_at_first - (int64_t)now;
 }
 
@@ -391,8 +384,8 @@ static void fetch_ranges(Backend *b, int l, const AcpShape *shape, void *saved) 
     const int *first, *last;
     int64_t count = (int64_t)shape->H * ((shape->T + b->block - 1) / b->block);
     acp_saved_views(shape, saved, &c, &first, &last);
-    CUDA(cudaMemcpyAsync(b->first_blocks + l * count, first, sizeof(int) * (size_t)count, cudaMemcpyDeviceToHost, cuda(b)->stream));
-    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+    CUDA_CHECK(cudaMemcpyAsync(b->first_blocks + l * count, first, sizeof(int) * (size_t)count, cudaMemcpyDeviceToHost, cuda(b)->stream));
+    CUDA_CHECK(cudaStreamSynchronize(cuda(b)->stream));
 }
 
 /* From a->x (branch NULL), or from x + branch, which becomes a->x, to the output of the MLP in scratch.branch. */
@@ -504,12 +497,12 @@ static void head(Backend *b, Extent e, float scale) {
 static void send_tokens(Backend *b, const int32_t *tokens, const int32_t *targets) {
     CudaBackend *s = cuda(b);
     size_t N = (size_t)b->spec.B * (size_t)b->spec.T, bytes = sizeof(int32_t) * N;
-    CUDA(cudaEventSynchronize(s->tokens_sent));
+    CUDA_CHECK(cudaEventSynchronize(s->tokens_sent));
     memcpy(s->pinned, tokens, bytes);
     memcpy(s->pinned + N, targets, bytes);
-    CUDA(cudaMemcpyAsync(s->tokens, s->pinned, bytes, cudaMemcpyHostToDevice, s->stream));
-    CUDA(cudaMemcpyAsync(s->targets, s->pinned + N, bytes, cudaMemcpyHostToDevice, s->stream));
-    CUDA(cudaEventRecord(s->tokens_sent, s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(s->tokens, s->pinned, bytes, cudaMemcpyHostToDevice, s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(s->targets, s->pinned + N, bytes, cudaMemcpyHostToDevice, s->stream));
+    CUDA_CHECK(cudaEventRecord(s->tokens_sent, s->stream));
 }
 
 static Extent whole(const Backend *b) {
@@ -524,7 +517,7 @@ static void forward_backward_on_device(Backend *b, float scale) {
     body_forward(b, e, s->tokens, true);
     head(b, e, scale);
     gradients_done(b, b->table.tensors[b->table.lm_head].offset);
-    CUDA(cudaMemsetAsync(s->scratch.dx, 0, sizeof(float) * (size_t)e.N * (size_t)d, s->stream));
+    CUDA_CHECK(cudaMemsetAsync(s->scratch.dx, 0, sizeof(float) * (size_t)e.N * (size_t)d, s->stream));
     cuda_norm_backward(s->scratch.dx, s->scratch.dx_bf16, at(b, s->grads, b->table.norm), s->scratch.norm, s->dh_final, s->x_final,
                        s->rstd_final, at(b, s->params, b->table.norm), e.N, d, s->stream);
     for (int l = L - 1; l >= 0; l--) {
@@ -574,7 +567,7 @@ static void copy_kept(Backend *b, FoxBuffer buffer, int64_t start, int64_t count
         int64_t from = mine.start > start ? mine.start : start, end = fox_min64(mine.start + mine.count, start + count);
         if (from < end) {
             float *device = mine.device + (from - mine.start), *other = memory + (from - start);
-            CUDA(cudaMemcpyAsync(to_memory ? other : device, to_memory ? device : other, sizeof(float) * (size_t)(end - from),
+            CUDA_CHECK(cudaMemcpyAsync(to_memory ? other : device, to_memory ? device : other, sizeof(float) * (size_t)(end - from),
                                  cudaMemcpyDefault, cuda(b)->stream));
         }
     }
@@ -594,7 +587,7 @@ static void cuda_free_host(Backend *b, void *memory) {
 static void cuda_read(Backend *b, FoxBuffer buffer, int64_t start, int64_t count, float *host) {
     need_params(b, b->table.total);
     copy_kept(b, buffer, start, count, host, true);
-    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+    CUDA_CHECK(cudaStreamSynchronize(cuda(b)->stream));
 }
 
 /* The bf16 parameters are whole on every rank. They are made from all that is written, which passes through the gradients'
@@ -604,12 +597,12 @@ static void write_bf16(Backend *b, int64_t start, int64_t count, const float *ho
     size_t bytes = sizeof(float) * (size_t)count;
     const float *device = s->params + start;
     if (backend_sharded(b)) {
-        CUDA(cudaMemcpyAsync(s->grads + start, host, bytes, cudaMemcpyHostToDevice, s->stream));
+        CUDA_CHECK(cudaMemcpyAsync(s->grads + start, host, bytes, cudaMemcpyHostToDevice, s->stream));
         device = s->grads + start;
     }
     cuda_to_bf16(s->params_bf16 + start, device, count, s->stream);
     if (backend_sharded(b)) {
-        CUDA(cudaMemsetAsync(s->grads + start, 0, bytes, s->stream));
+        CUDA_CHECK(cudaMemsetAsync(s->grads + start, 0, bytes, s->stream));
     }
 }
 
@@ -619,7 +612,7 @@ static void cuda_write(Backend *b, FoxBuffer buffer, int64_t start, int64_t coun
     if (buffer == FOX_PARAMS) {
         write_bf16(b, start, count, host);
     }
-    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+    CUDA_CHECK(cudaStreamSynchronize(cuda(b)->stream));
 }
 
 static void cuda_forward_backward(Backend *b, const int32_t *tokens, const int32_t *targets, double scale) {
@@ -659,7 +652,7 @@ static void update_params(Backend *b, const AdamW *adamw) {
     }
     exchange_parameters(&s->exchange, s->stream);
     if (backend_sharded(b)) { // what was sent, and what others own
-        CUDA(cudaMemsetAsync(s->grads, 0, sizeof(float) * (size_t)b->partition.padded, s->stream));
+        CUDA_CHECK(cudaMemsetAsync(s->grads, 0, sizeof(float) * (size_t)b->partition.padded, s->stream));
     }
 }
 
@@ -669,9 +662,9 @@ static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
     memset(stats, 0, sizeof *stats);
     reduce(b, adamw);
     update_params(b, adamw);
-    CUDA(cudaMemcpyAsync(&device, s->stats, sizeof device, cudaMemcpyDeviceToHost, s->stream));
-    CUDA(cudaMemsetAsync(s->stats, 0, sizeof device, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(&device, s->stats, sizeof device, cudaMemcpyDeviceToHost, s->stream));
+    CUDA_CHECK(cudaMemsetAsync(s->stats, 0, sizeof device, s->stream));
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
     s->micro_batches = 0;
     stats->loss = device.loss * s->loss_scale;
     stats->grad_norm = device.grad_norm;
@@ -682,7 +675,7 @@ static void cuda_update(Backend *b, const AdamW *adamw, StepStats *stats) {
 /* Gradients that left already wait for a rank whose gradients never come. */
 static void cuda_abandon(Backend *b) {
     need_params(b, b->table.total);
-    CUDA(cudaStreamSynchronize(cuda(b)->stream));
+    CUDA_CHECK(cudaStreamSynchronize(cuda(b)->stream));
     exchange_abandon(&cuda(b)->exchange);
 }
 
@@ -692,8 +685,8 @@ static void cuda_evaluate(Backend *b, const int32_t *tokens, const int32_t *targ
     send_tokens(b, tokens, targets);
     body_forward(b, e, s->tokens, true);
     head(b, e, 0);
-    CUDA(cudaMemcpyAsync(losses, s->losses, sizeof(float) * (size_t)e.N, cudaMemcpyDeviceToHost, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(losses, s->losses, sizeof(float) * (size_t)e.N, cudaMemcpyDeviceToHost, s->stream));
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
 }
 
 static void cuda_pruning(Backend *b, double *skipped, double *total) {
@@ -701,11 +694,11 @@ static void cuda_pruning(Backend *b, double *skipped, double *total) {
     int cells = b->spec.config.num_hidden_layers * b->spec.config.num_heads;
     size_t bytes = sizeof(unsigned long long) * (size_t)cells;
     unsigned long long *counts = FOX_NEW(unsigned long long, 2 * cells);
-    CUDA(cudaMemcpyAsync(counts, s->skipped, bytes, cudaMemcpyDeviceToHost, s->stream));
-    CUDA(cudaMemcpyAsync(counts + cells, s->total, bytes, cudaMemcpyDeviceToHost, s->stream));
-    CUDA(cudaMemsetAsync(s->skipped, 0, bytes, s->stream));
-    CUDA(cudaMemsetAsync(s->total, 0, bytes, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(counts, s->skipped, bytes, cudaMemcpyDeviceToHost, s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(counts + cells, s->total, bytes, cudaMemcpyDeviceToHost, s->stream));
+    CUDA_CHECK(cudaMemsetAsync(s->skipped, 0, bytes, s->stream));
+    CUDA_CHECK(cudaMemsetAsync(s->total, 0, bytes, s->stream));
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
     for (int i = 0; i < cells; i++) {
         skipped[i] = (double)counts[i];
         total[i] = (double)counts[cells + i];
@@ -737,12 +730,12 @@ static void cuda_decode(Backend *b, int32_t token, float *logits) {
     int T = (int)fox_min64((length + PADDING - 1) / PADDING * PADDING, room);
     Extent e = {1, T, T};
     uint16_t *row = FOX_NEW(uint16_t, V);
-    CUDA(cudaMemcpyAsync(s->tokens, s->prefix + start, sizeof(int32_t) * (size_t)T, cudaMemcpyHostToDevice, s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(s->tokens, s->prefix + start, sizeof(int32_t) * (size_t)T, cudaMemcpyHostToDevice, s->stream));
     body_forward(b, e, s->tokens, false);
     need_params(b, b->table.total);
     linear(b, s->logits, s->h_final + (int64_t)(length - 1) * d, b->table.lm_head, 1, d, s->padded_vocab, s->padded_vocab);
-    CUDA(cudaMemcpyAsync(row, s->logits, sizeof(uint16_t) * (size_t)V, cudaMemcpyDeviceToHost, s->stream));
-    CUDA(cudaStreamSynchronize(s->stream));
+    CUDA_CHECK(cudaMemcpyAsync(row, s->logits, sizeof(uint16_t) * (size_t)V, cudaMemcpyDeviceToHost, s->stream));
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
     for (int v = 0; v < V; v++) {
         uint32_t bits = (uint32_t)row[v] << 16;
         memcpy(&logits[v], &bits, sizeof bits);
@@ -755,14 +748,15 @@ static void cuda_decode_end(Backend *b) {
     cuda(b)->prefix = NULL;
 }
 
-/* Chooses the algorithm of every product of a step, on the real buffers; then they are zeroed again. */
+/* Chooses the algorithm of every product of a step, on the real buffers, and leaves junk in them. */
 static void plan_products(Backend *b) {
     CudaBackend *s = cuda(b);
     const FoxConfig *c = &b->spec.config;
     const FoxLayerIds *id = &b->table.layers[0];
     const CudaActs *a = &s->acts[0];
     CudaScratch *z = &s->scratch;
-    int64_t N = whole(b).N, d = c->hidden_size, F = c->intermediate_size, rows = fox_min64(N, HEAD_ROWS), V = s->padded_vocab;
+    int64_t N = whole(b).N, d = c->hidden_size, F = c->intermediate_size, V = s->padded_vocab;
+    int64_t rows = fox_min64(N, HEAD_ROWS), last_rows = N % rows == 0 ? rows : N % rows;
     struct {
         int weight;
         int64_t rows, in, out, ldy;
@@ -773,6 +767,7 @@ static void plan_products(Backend *b) {
         {id->gate_up, N, d, 2 * F, 2 * F, a->h2, z->dgate_up, z->dh},
         {id->down, N, F, d, d, a->act, z->branch, z->dact},
         {b->table.lm_head, rows, d, V, V, s->h_final, s->logits, z->dh},
+        {b->table.lm_head, last_rows, d, V, V, s->h_final, s->logits, z->dh},
     };
     for (size_t i = 0; i < sizeof layers / sizeof layers[0]; i++) {
         const bf16 *w = at_bf16(b, s->params_bf16, layers[i].weight);
@@ -798,14 +793,14 @@ static bool cuda_allocate(Backend *b, FoxError *err) {
                         cudaGetErrorString(status));
     }
     cuda_layout(b, s, (char *)s->memory);
-    CUDA(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
-    CUDA(cudaMallocHost((void **)&s->pinned, sizeof(int32_t) * 2 * (size_t)N));
+    CUDA_CHECK(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
+    CUDA_CHECK(cudaMallocHost((void **)&s->pinned, sizeof(int32_t) * 2 * (size_t)N));
     matmul_create(&s->matmul, s->scratch.matmul, b->spec.deterministic);
     plan_products(b);
-    CUDA(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
+    CUDA_CHECK(cudaMemsetAsync(s->memory, 0, (size_t)bytes, s->stream));
     exchange_prepare(&s->exchange, &b->partition, backend_sharded(b), b->table.matrices, s->grads, s->grads_bf16, s->params,
                      s->params_bf16);
-    CUDA(cudaStreamSynchronize(s->stream));
+    CUDA_CHECK(cudaStreamSynchronize(s->stream));
     return true;
 }
 
@@ -887,9 +882,9 @@ static bool take_device(const BackendSpec *spec, const Ranks *ranks, struct cuda
     if (!backend_cuda_available(why)) {
         return fox_fail(err, "--device cuda: %s; use --device cpu", why);
     }
-    CUDA(cudaGetDeviceCount(&count));
-    CUDA(cudaSetDevice(ranks->local_rank % count));
-    CUDA(cudaGetDeviceProperties(device, ranks->local_rank % count));
+    CUDA_CHECK(cudaGetDeviceCount(&count));
+    CUDA_CHECK(cudaSetDevice(ranks->local_rank % count));
+    CUDA_CHECK(cudaGetDeviceProperties(device, ranks->local_rank % count));
     if (device->major < 8) {
         return fox_fail(err, "%s has compute capability %d.%d; 8.0 or newer is needed; use --device cpu", device->name, device->major,
                         device->minor);
@@ -905,7 +900,7 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     if (!ranks_everyone(ranks, take_device(spec, ranks, &device, err), err)) {
         return false;
     }
-    CUDA(cudaMemGetInfo(&free_at_first, &total));
+    CUDA_CHECK(cudaMemGetInfo(&free_at_first, &total));
     if (!exchange_open(&exchange, ranks, err)) {
         return false;
     }
@@ -939,9 +934,9 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     s->free_at_first = free_at_first;
     snprintf(s->device, sizeof s->device, "%s", device.name);
     b->peak_flops = peak_flops(device.name);
-    CUDA(cudaMemGetInfo(&s->free_bytes, &total));
-    CUDA(cudaStreamCreate(&s->stream));
-    CUDA(cudaEventCreateWithFlags(&s->tokens_sent, cudaEventDisableTiming));
+    CUDA_CHECK(cudaMemGetInfo(&s->free_bytes, &total));
+    CUDA_CHECK(cudaStreamCreate(&s->stream));
+    CUDA_CHECK(cudaEventCreateWithFlags(&s->tokens_sent, cudaEventDisableTiming));
     s->packed = packed_layout(&spec->config);
     s->padded_vocab = (spec->config.vocab_size + PADDING - 1) / PADDING * PADDING;
     s->acts = FOX_NEW(CudaActs, spec->config.num_hidden_layers);

@@ -1,16 +1,8 @@
-/* What every kernel header needs: checked calls, vector loads of bf16, reductions over a warp and a block. */
+/* What every kernel header needs: checked launches, vector loads of bf16, reductions over a warp and a block. */
 #ifndef FOX_CUDA_COMMON_CUH
 #define FOX_CUDA_COMMON_CUH
 
 #include "launchers.h"
-
-/* A failed CUDA call is not something a caller can mend: says what and where, and ends the program. */
-#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
-static inline void cuda_check(cudaError_t status, const char *call, const char *file, int line) {
-    if (status != cudaSuccess) {
-        fox_die("%s:%d: %s: %s", file, line, call, cudaGetErrorString(status));
-    }
-}
 
 /* Checks the kernel launch just made. */
 #define CUDA_CHECK_LAUNCH() cuda_check(cudaGetLastError(), __func__, __FILE__, __LINE__)

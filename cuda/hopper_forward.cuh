@@ -6,8 +6,8 @@
  *     producer     Q;  then, from the diagonal leftwards to the pruned edge, K (with its lift) and V of each key block
  *     warpgroups   S = Q K^T of block n;  O += P V of block n + 1, while P of block n is made;  ...  O / sum, lse
  *
- * Products of block n are issued before the exponentials that they do not need (of n, for block n + 1's P), and the
- * warpgroups issue in turn, so that one's exponentials run under another's products. Every warpgroup has the range of
+ * A step issues two products together, S of block n and O += P V of block n + 1. The exponentials of block n run while the
+ * second is still under way and, since the warpgroups issue in turn, under another one's products. Every warpgroup has the range of
  * its own block of queries: tiles need not be aligned to the blocks of pruning, and exactly the pairs of the ranges are
  * computed. */
 #ifndef FOX_HOPPER_FORWARD_CUH

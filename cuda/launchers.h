@@ -1,6 +1,7 @@
 /* Every GPU kernel of fox.c as a C function: what the CUDA back end calls, and what the tests compare with fox_layers.h.
  *
- * All pointers are device memory. Every function only enqueues work on `stream`, checks its arguments with a sentence
+ * Arrays and DeviceStats are device memory; the other structs (shapes, layouts, configurations) are read on the host, during
+ * the call. Every function only enqueues work on `stream`, checks its arguments with a sentence
  * (fox_die) and the launch with the runtime's reason. Shapes are row-major as in fox_layers.h: N = B*T tokens, d = H*D.
  * Precision: products and activations in bf16, the residual stream, gates, statistics and weight gradients in float32,
  * cumulative gates in double. Weight gradients are ADDED to; activation gradients are overwritten unless said otherwise.
@@ -11,6 +12,14 @@
 #include <cuda_runtime_api.h>
 
 #include "../train/backend.h"
+
+/* A failed CUDA call is not something a caller can mend: says what and where, and ends the program. */
+#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
+static inline void cuda_check(cudaError_t status, const char *call, const char *file, int line) {
+    if (status != cudaSuccess) {
+        fox_die("%s:%d: %s: %s", file, line, call, cudaGetErrorString(status));
+    }
+}
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -88,8 +97,9 @@ void cuda_output_gate_backward(bf16 *d_o, bf16 *dpacked, float *dw, float *scrat
                                const float *rstd, const bf16 *packed, const PackedLayout *layout, const float *w, int64_t N, int H,
                                int D, cudaStream_t stream);
 
-/* ---- cuda/swiglu.cuh ---- gu: bf16 [N, 2F], out: bf16 [N, F] */
+/* ---- cuda/swiglu.cuh ---- gu: bf16 [N, 2F], gate and up of each token; out = silu(gate) * up: bf16 [N, F] */
 void cuda_swiglu_forward(bf16 *out, const bf16 *gu, int64_t N, int F, cudaStream_t stream);
+/* dgu: bf16 [N, 2F], of gate and up; dout: bf16 [N, F] */
 void cuda_swiglu_backward(bf16 *dgu, const bf16 *dout, const bf16 *gu, int64_t N, int F, cudaStream_t stream);
 
 /* ---- cuda/cross_entropy.cuh ---- */
@@ -153,13 +163,15 @@ int64_t acp_saved_bytes(const AcpShape *);
 int64_t acp_workspace_bytes(const AcpShape *);
 
 /* o: bf16 [B, T, H*D], lse: float [B, H, T]. q, k, v: bf16, rows of the heads' D values, `stride` elements from token to
- * token (head h at column h*D). log_f: float [B, H, T]. q_norm, k_norm: the QK-norm weights that bound the logits, or NULL:
- * the bound is measured. counts may be NULL. */
+ * token (head h at column h*D): a multiple of 8, at least H*D; all three at multiples of 16 bytes. log_f: float [B, H, T].
+ * q_norm, k_norm: the QK-norm weights that bound the logits, or NULL: the bound is measured. counts may be NULL. T is at most
+ * acp_most_tokens(), log_tolerance below 0. Equations: acp_attention.cuh. */
 void acp_attention_forward(const AcpShape *, bf16 *o, float *lse, void *saved, void *workspace, AcpCounts *counts, const bf16 *q,
                            const bf16 *k, const bf16 *v, int64_t stride, const float *log_f, const float *q_norm,
                            const float *k_norm, cudaStream_t stream);
 
-/* dq, dk, dv: bf16 [B, T, H*D]; dlog_f: float [B, H, T]. */
+/* dq, dk, dv: bf16 [B, T, H*D]; dlog_f: float [B, H, T], of log_f; all are overwritten. The shape, saved, q, k, v and stride
+ * that forward was given, o and lse as it left them; dout: bf16 [B, T, H*D]. workspace need not be what forward left. */
 void acp_attention_backward(const AcpShape *, bf16 *dq, bf16 *dk, bf16 *dv, float *dlog_f, void *saved, void *workspace,
                             const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v, int64_t stride, const bf16 *o,
                             const float *lse, cudaStream_t stream);

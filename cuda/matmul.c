@@ -9,12 +9,6 @@ static void cublas_check(cublasStatus_t status, const char *call) {
     }
 }
 
-static void runtime_check(cudaError_t status) {
-    if (status != cudaSuccess) {
-        fox_die("timing a matrix product: %s", cudaGetErrorString(status));
-    }
-}
-
 int64_t matmul_workspace_bytes(void) {
     return 64 << 20; /* what cuBLASLt's Hopper kernels ask for at most, doubled */
 }
@@ -95,19 +89,19 @@ static double time_algorithm(const Matmul *m, const MatmulPlan *p, const cublasL
     if (enqueue(m, p, algo, result, left, right, stream) != CUBLAS_STATUS_SUCCESS) {
         return INFINITY;
     }
-    runtime_check(cudaEventCreate(&start));
-    runtime_check(cudaEventCreate(&stop));
+    CUDA_CHECK(cudaEventCreate(&start));
+    CUDA_CHECK(cudaEventCreate(&stop));
     for (int i = 0; i < REPEATS; i++) {
         float milliseconds;
-        runtime_check(cudaEventRecord(start, stream));
+        CUDA_CHECK(cudaEventRecord(start, stream));
         CUBLAS_CHECK(enqueue(m, p, algo, result, left, right, stream));
-        runtime_check(cudaEventRecord(stop, stream));
-        runtime_check(cudaEventSynchronize(stop));
-        runtime_check(cudaEventElapsedTime(&milliseconds, start, stop));
+        CUDA_CHECK(cudaEventRecord(stop, stream));
+        CUDA_CHECK(cudaEventSynchronize(stop));
+        CUDA_CHECK(cudaEventElapsedTime(&milliseconds, start, stop));
         best = fmin(best, 1e3 * (double)milliseconds);
     }
-    runtime_check(cudaEventDestroy(start));
-    runtime_check(cudaEventDestroy(stop));
+    CUDA_CHECK(cudaEventDestroy(start));
+    CUDA_CHECK(cudaEventDestroy(stop));
     return best;
 }
 

@@ -42,8 +42,11 @@ typedef struct Matmul {
     MatmulPlan *plans;
 } Matmul;
 
+/* Bytes of the workspace that products use in turn. */
 int64_t matmul_workspace_bytes(void);
+/* workspace: device memory, the caller's. deterministic: no candidate is timed, so that every run takes the same algorithms. */
 void matmul_create(Matmul *, void *workspace, bool deterministic);
+/* Frees handle and plans; the workspace stays. */
 void matmul_free(Matmul *);
 
 /* result: y, dx or dw; left: x (forward), dy (backward); right: w (forward, backward_input) or x (backward_weight). All in

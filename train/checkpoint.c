@@ -920,8 +920,9 @@ static void *work_in_thread(void *context) {
 
 static void start_thread(CheckpointWriter *w) {
     w->rests = false;
-    if (pthread_create(&w->thread, NULL, work_in_thread, w) != 0) {
-        fox_die("the thread that writes checkpoints cannot be started: %s", strerror(errno));
+    int code = pthread_create(&w->thread, NULL, work_in_thread, w);
+    if (code != 0) {
+        fox_die("the thread that writes checkpoints cannot be started: %s", strerror(code));
     }
 }
 

@@ -3,8 +3,8 @@
  *   OUT/step_00001000/config.json              the official keys
  *                     model.safetensors        float32 master weights under the official names
  *                     optimizer-00000-of-00001.safetensors   "exp_avg", "exp_avg_sq": a range of the flat space;
- *                                              its start, length, total and the layout's hash in the metadata. Several
- *                                              files, from elsewhere, share the space in the order of their numbers
+ *                                              its start, length, total and the layout's hash in the metadata. This
+ *                                              program writes one; it also reads several, in the order of their numbers
  *                     state.json               step, tokens, data position, options of the run; numbers of 64 bits
  *                                              without sign as hexadecimal strings
  *

@@ -2,7 +2,7 @@
  *
  * Errors. A function that can fail for a reason outside the program (a file, an option, a full disk) returns
  * bool and takes a FoxError: false means failed, and the error holds one line that says what is wrong, where, and
- * what to do about it. Only main() prints and exits. fox_die() is for what no caller could handle.
+ * what to do about it. Whoever opened the run prints it. fox_die() is for what no caller could handle.
  *
  * Every header here compiles as C11 and as C++17, because nvcc compiles the
  * files of cuda/ that include them as C++. */

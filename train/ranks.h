@@ -37,6 +37,7 @@ void ranks_gather(const Ranks *, void *bytes, int64_t piece);
 int ranks_max_int(const Ranks *, int value);
 /* Copies root 0's bytes to all. */
 void ranks_broadcast(const Ranks *, void *bytes, int64_t count);
+/* Returns when all ranks have come here. */
 void ranks_barrier(const Ranks *);
 /* True on every rank when `value` is the same on all of them. */
 bool ranks_agree(const Ranks *, uint64_t value);

@@ -84,14 +84,41 @@ int socket_accept(int listener, double deadline) {
     }
 }
 
-static int connect_once(const struct addrinfo *addresses) {
+/* connect() with a time limit: by itself it waits minutes for a host that does not answer. 0 or an errno. */
+static int connect_until(int fd, const struct addrinfo *address, double deadline) {
+    int reason = 0, flags = fcntl(fd, F_GETFL);
+    socklen_t size = sizeof reason;
+    struct pollfd waiting = {fd, POLLOUT, 0};
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0) {
+        return errno;
+    }
+    if (connect(fd, address->ai_addr, address->ai_addrlen) != 0) {
+        if (errno != EINPROGRESS) {
+            return errno;
+        }
+        int ready;
+        do {
+            ready = poll(&waiting, 1, remaining(deadline));
+        } while (ready < 0 && errno == EINTR);
+        if (ready <= 0) {
+            return ready == 0 ? ETIMEDOUT : errno;
+        }
+        if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &reason, &size) != 0 || reason != 0) {
+            return reason != 0 ? reason : errno;
+        }
+    }
+    return fcntl(fd, F_SETFL, flags) == 0 ? 0 : errno;
+}
+
+/* Tries each address, for ten seconds at most. -1 and errno. */
+static int connect_once(const struct addrinfo *addresses, double deadline) {
     int reason = EHOSTUNREACH;
     for (const struct addrinfo *a = addresses; a != NULL; a = a->ai_next) {
         int fd = socket(a->ai_family, SOCK_STREAM, 0);
-        if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) == 0) {
+        reason = fd < 0 ? errno : connect_until(fd, a, fmin(deadline, fox_now() + 10));
+        if (fd >= 0 && reason == 0) {
             return prepare(fd);
         }
-        reason = errno;
         if (fd >= 0) {
             close(fd);
         }
@@ -110,7 +137,7 @@ int socket_connect(const char *host, int port, double deadline, FoxError *err) {
         int status = getaddrinfo(host, service, &hints, &addresses);
         int fd = -1, reason = 0;
         if (status == 0) {
-            fd = connect_once(addresses);
+            fd = connect_once(addresses, deadline);
             reason = errno;
             freeaddrinfo(addresses);
         }

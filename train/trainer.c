@@ -775,6 +775,11 @@ static bool validate_share(Trainer *t, double sums[2], PositionBins *bins, FoxEr
         sums[1] += (double)count;
     }
     free(losses);
+    if (t->backend.first_blocks != NULL) { // no window came to this rank: it has no ranges
+        t->backend.first_blocks = NULL;
+        free(t->ranges);
+        t->ranges = NULL;
+    }
     ranks_working(&t->ranks, t->state.step);
     return ok;
 }

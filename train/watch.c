@@ -429,8 +429,9 @@ Watch *watch_start(const Ranks *ranks, const int *control, bool by_mpi) {
     w->since = now;
     w->silence = SILENCE;
     pthread_mutex_init(&w->mutex, NULL);
-    if (pipe(w->wake) != 0 || pthread_create(&w->thread, NULL, watch_loop, w) != 0) {
-        fox_die("the thread that watches the other ranks cannot be started: %s", strerror(errno));
+    int code = pipe(w->wake) != 0 ? errno : pthread_create(&w->thread, NULL, watch_loop, w);
+    if (code != 0) {
+        fox_die("the thread that watches the other ranks cannot be started: %s", strerror(code));
     }
     return w;
 }

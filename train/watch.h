@@ -9,7 +9,8 @@
  *     a device reports an error   the guard's check() says so
  *
  * Rank 0 decides, tells the others and prints one line with rank, host and step; one rank of every other host prints it too.
- * Then every process ends with code 1, whatever its main thread waits for. When rank 0 itself is lost, every rank notices
+ * Then every process ends, whatever its main thread waits for: with code 1, or by SIGALRM where that takes more than two
+ * seconds. When rank 0 itself is lost, every rank notices
  * for itself. Time during which this process was stopped itself does not count against the others. */
 #ifndef FOX_WATCH_H
 #define FOX_WATCH_H
