@@ -209,28 +209,6 @@ static inline int dataloader_open_file(const char *path, int64_t *bytes, FoxErro
     return -1;
 }
 
-/* Reads exactly `count` bytes at `offset`. */
-static inline bool dataloader_pread(int fd, const char *path, int64_t offset, int64_t count, uint8_t *out,
-                                    FoxError *err) {
-    int64_t done = 0;
-    while (done < count) {
-        ssize_t got = pread(fd, out + done, (size_t)(count - done), (off_t)(offset + done));
-        if (got < 0 && errno == EINTR) {
-            continue;
-        }
-        if (got < 0) {
-            return fox_fail(err, "%s: reading at byte %lld failed: %s", path, (long long)(offset + done),
-                            strerror(errno));
-        }
-        if (got == 0) {
-            return fox_fail(err, "%s: the file ends at byte %lld, expected data up to byte %lld", path,
-                            (long long)(offset + done), (long long)(offset + count));
-        }
-        done += got;
-    }
-    return true;
-}
-
 static inline int32_t dataloader_int32(const uint8_t *header, int index) {
     const uint8_t *p = header + 4 * index;
     return (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
@@ -278,7 +256,7 @@ static inline bool dataloader_sample(int fd, const char *path, int64_t tokens, u
     *hash = 0;
     for (int i = 0; i < 3; i++) {
         int64_t start = (tokens - count) * i / 2;
-        if (!dataloader_pread(fd, path, DATALOADER_HEADER_BYTES + 2 * start, 2 * count, raw, err)) {
+        if (!file_read_at(fd, path, DATALOADER_HEADER_BYTES + 2 * start, 2 * count, raw, err)) {
             return false;
         }
         *hash = fox_hash(*hash, raw, (size_t)(2 * count));
@@ -300,7 +278,7 @@ static inline bool dataloader_read_header(const char *path, int64_t *tokens, int
         ok = fox_fail(err, "%s: a shard begins with a header of %d bytes, found a file of %lld", path,
                       DATALOADER_HEADER_BYTES, (long long)bytes);
     } else {
-        ok = dataloader_pread(fd, path, 0, DATALOADER_HEADER_BYTES, header, err) &&
+        ok = file_read_at(fd, path, 0, DATALOADER_HEADER_BYTES, header, err) &&
              dataloader_check_header(path, header, bytes, tokens, vocab_size, window, err) &&
              dataloader_sample(fd, path, *tokens, sample, err);
     }
@@ -364,7 +342,7 @@ static inline bool dataloader_read_window(const DataLoader *loader, int64_t g, i
                       (long long)expected, (long long)bytes);
     }
     ok = ok &&
-         dataloader_pread(fd, shard->path, DATALOADER_HEADER_BYTES + 2 * start, 2 * ((int64_t)T + 1), loader->raw, err);
+         file_read_at(fd, shard->path, DATALOADER_HEADER_BYTES + 2 * start, 2 * ((int64_t)T + 1), loader->raw, err);
     close(fd);
     for (int t = 0; ok && t <= T; t++) {
         int32_t token = loader->raw[2 * (int64_t)t] | loader->raw[2 * (int64_t)t + 1] << 8;

@@ -32,6 +32,7 @@
 #include "train/files.h"
 #include "train/json.h"
 #include "train/unicode_tables.h"
+#include "train/utf8.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "shards and the tokenizer's word keys are little-endian"
@@ -91,48 +92,6 @@ typedef struct Tokenizer {
 
 /* ---- UTF-8 ------------------------------------------------------------------------------------------------------ */
 
-/* Length of the valid UTF-8 sequence at p (1 to 4) and its code point, 0 where there is none: stray or missing
- * continuation bytes, overlong forms, surrogates, beyond U+10FFFF. Needs p < end. */
-static inline int tokenizer_utf8(const uint8_t *p, const uint8_t *end, uint32_t *code_point) {
-    uint32_t c = p[0];
-    if (c < 0x80) {
-        *code_point = c;
-        return 1;
-    }
-    int length = c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
-    if (length == 0 || end - p < length) {
-        return 0;
-    }
-    c &= 0x7fu >> length;
-    for (int i = 1; i < length; i++) {
-        if ((p[i] & 0xc0) != 0x80) {
-            return 0;
-        }
-        c = c << 6 | (p[i] & 0x3fu);
-    }
-    bool overlong = (length == 3 && c < 0x800) || (length == 4 && c < 0x10000);
-    if (overlong || c > 0x10ffff || (c >= 0xd800 && c <= 0xdfff)) {
-        return 0;
-    }
-    *code_point = c;
-    return length;
-}
-
-/* Writes the code point as UTF-8 and returns its length, 1 to 4. */
-static inline int tokenizer_put_utf8(uint32_t c, uint8_t *out) {
-    if (c < 0x80) {
-        out[0] = (uint8_t)c;
-        return 1;
-    }
-    int length = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (int i = length - 1; i > 0; i--) {
-        out[i] = (uint8_t)(0x80 | (c & 0x3f));
-        c >>= 6;
-    }
-    out[0] = (uint8_t)((0xf00u >> length & 0xff) | c);
-    return length;
-}
-
 /* Number of bytes before the first invalid one; `length` when all is valid UTF-8. */
 static inline size_t tokenizer_valid_utf8(const void *text, size_t length) {
     const uint8_t *start = (const uint8_t *)text, *end = start + length, *p = start;
@@ -143,7 +102,7 @@ static inline size_t tokenizer_valid_utf8(const void *text, size_t length) {
             continue;
         }
         uint32_t c;
-        int n = tokenizer_utf8(p, end, &c);
+        int n = utf8_decode(p, end, &c);
         if (n == 0) {
             break;
         }
@@ -810,7 +769,7 @@ static inline size_t tokenizer_unname(const int16_t *byte_of, const char *name, 
     size_t count = 0;
     while (p < end) {
         uint32_t c;
-        int n = tokenizer_utf8(p, end, &c);
+        int n = utf8_decode(p, end, &c);
         if (n == 0 || c >= TOKENIZER_BYTE_NAMES || byte_of[c] < 0) {
             return 0;
         }
@@ -1067,7 +1026,7 @@ static inline size_t tokenizer_escape_into(const uint8_t *p, const uint8_t *end,
         char *to = out == NULL ? NULL : out + count;
         const char *found = *p == 0 ? NULL : strchr(special, *p);
         uint32_t c;
-        int n = tokenizer_utf8(p, end, &c);
+        int n = utf8_decode(p, end, &c);
         p += n == 0 ? 1 : n;
         if (n == 0) {
             count += tokenizer_put_escape(0xdc00u | p[-1], to);
@@ -1143,12 +1102,12 @@ static inline char *tokenizer_json_unescape(const void *text, size_t length, siz
             if (low >= 0xdc00 && low < 0xe000) {
                 p += 6;
                 uint32_t c = 0x10000 + ((uint32_t)(unit - 0xd800) << 10) + (uint32_t)(low - 0xdc00);
-                count += (size_t)tokenizer_put_utf8(c, out + count);
+                count += (size_t)utf8_encode(c, out + count);
             } else if (unit >= 0xdc80 && unit <= 0xdcff) {
                 out[count++] = (uint8_t)unit;
             } else {
                 bool surrogate = unit >= 0xd800 && unit < 0xe000;
-                count += (size_t)tokenizer_put_utf8(surrogate ? 0xfffd : (uint32_t)unit, out + count);
+                count += (size_t)utf8_encode(surrogate ? 0xfffd : (uint32_t)unit, out + count);
             }
         }
     }

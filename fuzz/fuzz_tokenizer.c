@@ -33,7 +33,7 @@ static void put_byte_vocab(FILE *out) {
     for (int c = 0; c < TOKENIZER_BYTE_NAMES; c++) {
         if (byte_of[c] >= 0) {
             uint8_t name[4];
-            int length = tokenizer_put_utf8((uint32_t)c, name);
+            int length = utf8_encode((uint32_t)c, name);
             fprintf(out, ",\"%s%.*s\":%d", c == '"' || c == '\\' ? "\\" : "", length, (const char *)name, byte_of[c]);
         }
     }

@@ -212,7 +212,7 @@ static void check_code_points(Tests *t, const Tokenizer *tokenizer, uint32_t pla
                 continue;
             }
             char name[5] = {0}, text[256];
-            tokenizer_put_utf8(c, (uint8_t *)name);
+            utf8_encode(c, (uint8_t *)name);
             static const char form[] = "a@b 1@2 .@. @ @@\n@x '@s @";
             size_t length = 0;
             for (const char *f = form; *f != '\0'; f++) {
@@ -278,7 +278,7 @@ static size_t random_text(uint64_t seed, uint64_t *counter, uint8_t *out, size_t
             out[length++] = (uint8_t)r; // any bytes
         } else if (kind == 1) {
             uint32_t c = (uint32_t)(r >> 32) % ((r & 1) != 0 ? 0x110000u : 0x3000u);
-            length += (size_t)tokenizer_put_utf8(c >= 0xd800 && c < 0xe000 ? 0x20 : c, out + length);
+            length += (size_t)utf8_encode(c >= 0xd800 && c < 0xe000 ? 0x20 : c, out + length);
         } else if ((r & 63) == 0) {
             out[length++] = (uint8_t)(0x80 | r >> 8);
         } else {

@@ -75,6 +75,25 @@ static bool end_file(FILE *file, const char *path, bool sync, FoxError *err) {
     return ok || fox_fail(err, "%s: cannot write: %s", path, reason ? strerror(reason) : "an earlier write failed");
 }
 
+bool file_read_at(int fd, const char *path, int64_t offset, int64_t count, void *out, FoxError *err) {
+    int64_t done = 0;
+    while (done < count) {
+        ssize_t got = pread(fd, (char *)out + done, (size_t)(count - done), (off_t)(offset + done));
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got < 0) {
+            return fox_fail(err, "%s: reading at byte %lld failed: %s", path, (long long)(offset + done), strerror(errno));
+        }
+        if (got == 0) {
+            return fox_fail(err, "%s: ends at byte %lld, expected data up to byte %lld: it became shorter while it was read", path,
+                            (long long)(offset + done), (long long)(offset + count));
+        }
+        done += got;
+    }
+    return true;
+}
+
 bool file_finish(FILE *file, const char *path, FoxError *err) {
     return end_file(file, path, true, err);
 }

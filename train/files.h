@@ -7,6 +7,9 @@
 /* Reads a whole regular file; text[length] = 0. The caller frees *text. `limit`: largest size accepted, in bytes. */
 bool file_read(const char *path, size_t limit, char **text, size_t *length, FoxError *);
 
+/* Reads exactly `count` bytes at `offset` of an open file; `path` names it in the error. */
+bool file_read_at(int fd, const char *path, int64_t offset, int64_t count, void *out, FoxError *);
+
 /* Ends a file that was written: flushes, syncs to the disk and closes. Fails with the system's reason when any write so
  * far failed (a full disk). `file` is closed either way; NULL (a failed fopen, errno still set) fails too. */
 bool file_finish(FILE *file, const char *path, FoxError *);

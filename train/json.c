@@ -1,6 +1,7 @@
 #include "json.h"
 
 #include "files.h"
+#include "utf8.h"
 
 #define MAX_DEPTH 64
 #define MAX_VALUES (1 << 22)           /* bounds the memory that a short hostile text can ask for */
@@ -89,45 +90,6 @@ static Json *new_value(Parser *p) {
     return &block->values[block->used++];
 }
 
-/* Bytes of the UTF-8 character at s (at most n are there); 0 when it is malformed: a stray or missing continuation, an
- * overlong form, a surrogate, or beyond U+10FFFF. */
-static int utf8_length(const unsigned char *s, size_t n) {
-    if (s[0] < 0x80) {
-        return 1;
-    }
-    int length = s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : s[0] < 0xf5 ? 4 : 0;
-    if (length == 0 || (size_t)length > n) {
-        return 0;
-    }
-    for (int i = 1; i < length; i++) {
-        if ((s[i] & 0xc0) != 0x80) {
-            return 0;
-        }
-    }
-    bool overlong = (s[0] == 0xe0 && s[1] < 0xa0) || (s[0] == 0xf0 && s[1] < 0x90);
-    bool outside = (s[0] == 0xed && s[1] >= 0xa0) || (s[0] == 0xf4 && s[1] >= 0x90);
-    return overlong || outside ? 0 : length;
-}
-
-static char *put_utf8(char *out, uint32_t code) {
-    if (code < 0x80) {
-        *out++ = (char)code;
-    } else if (code < 0x800) {
-        *out++ = (char)(0xc0 | code >> 6);
-        *out++ = (char)(0x80 | (code & 0x3f));
-    } else if (code < 0x10000) {
-        *out++ = (char)(0xe0 | code >> 12);
-        *out++ = (char)(0x80 | (code >> 6 & 0x3f));
-        *out++ = (char)(0x80 | (code & 0x3f));
-    } else {
-        *out++ = (char)(0xf0 | code >> 18);
-        *out++ = (char)(0x80 | (code >> 12 & 0x3f));
-        *out++ = (char)(0x80 | (code >> 6 & 0x3f));
-        *out++ = (char)(0x80 | (code & 0x3f));
-    }
-    return out;
-}
-
 /* The four hexadecimal digits after "\u". */
 static bool parse_hex4(Parser *p, uint32_t *code) {
     *code = 0;
@@ -177,7 +139,7 @@ static bool parse_escape(Parser *p, char **out) {
         }
         code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
     }
-    *out = put_utf8(*out, code);
+    *out += utf8_encode(code, (uint8_t *)*out);
     return true;
 }
 
@@ -200,7 +162,8 @@ static bool parse_string(Parser *p, const char **string, size_t *length) {
             }
             continue;
         }
-        int bytes = utf8_length((const unsigned char *)p->at, (size_t)(p->end - p->at));
+        uint32_t code;
+        int bytes = utf8_decode((const uint8_t *)p->at, (const uint8_t *)p->end, &code);
         if (bytes == 0) {
             return parse_fail(p, "a string holds the byte 0x%02x, which is no UTF-8", c);
         }
@@ -453,11 +416,11 @@ const Json *json_get(const Json *object, const char *name) {
 }
 
 void json_write_string(FILE *out, const char *s) {
-    const unsigned char *p = (const unsigned char *)s;
-    size_t left = strlen(s);
+    const uint8_t *p = (const uint8_t *)s, *end = p + strlen(s);
     fputc('"', out);
-    while (left > 0) {
-        int bytes = utf8_length(p, left);
+    while (p < end) {
+        uint32_t code;
+        int bytes = utf8_decode(p, end, &code);
         if (bytes == 0) {
             fputs("\\ufffd", out);
             bytes = 1;
@@ -472,7 +435,6 @@ void json_write_string(FILE *out, const char *s) {
             fwrite(p, 1, (size_t)bytes, out);
         }
         p += bytes;
-        left -= (size_t)bytes;
     }
     fputc('"', out);
 }

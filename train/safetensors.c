@@ -34,27 +34,6 @@ static int dtype_bytes(const char *name) {
     return 0;
 }
 
-/* Reads exactly `bytes` at `offset` of the file. */
-static bool read_at(const SafeTensors *st, void *out, int64_t bytes, int64_t offset, FoxError *err) {
-    char *p = (char *)out;
-    while (bytes > 0) {
-        ssize_t n = pread(st->fd, p, (size_t)bytes, (off_t)offset);
-        if (n < 0 && errno == EINTR) {
-            continue;
-        }
-        if (n < 0) {
-            return fox_fail(err, "%s: cannot read at byte %" PRId64 ": %s", st->path, offset, strerror(errno));
-        }
-        if (n == 0) {
-            return fox_fail(err, "%s: ends at byte %" PRId64 ": it became shorter while it was read", st->path, offset);
-        }
-        p += n;
-        offset += n;
-        bytes -= n;
-    }
-    return true;
-}
-
 /* dtype of one entry of the header. */
 static bool parse_dtype(const SafeTensors *st, const Json *entry, SafeTensor *t, FoxError *err) {
     const Json *dtype = json_get(entry, "dtype");
@@ -190,7 +169,7 @@ static bool read_header(SafeTensors *st, FoxError *err) {
         return fox_fail(err, "%s: has %" PRId64 " bytes, too few for a safetensors file", st->path, size);
     }
     uint64_t header_size;
-    if (!read_at(st, &header_size, 8, 0, err)) {
+    if (!file_read_at(st->fd, st->path, 0, 8, &header_size, err)) {
         return false;
     }
     if (header_size > MAX_HEADER_BYTES || (int64_t)header_size > size - 8) {
@@ -202,7 +181,7 @@ static bool read_header(SafeTensors *st, FoxError *err) {
     char *text = FOX_NEW(char, header_size + 1);
     char what[sizeof st->path + 16];
     snprintf(what, sizeof what, "%s (header)", st->path);
-    bool ok = read_at(st, text, (int64_t)header_size, 8, err) &&
+    bool ok = file_read_at(st->fd, st->path, 8, (int64_t)header_size, text, err) &&
               json_parse(text, header_size, what, &st->header, err) && parse_header(st, err);
     free(text);
     return ok;
@@ -291,7 +270,7 @@ static bool read_narrow(const SafeTensors *st, const SafeTensor *t, int64_t star
     bool ok = true;
     while (ok && count > 0) {
         int64_t n = count < PIECE ? count : PIECE;
-        ok = read_at(st, piece, 2 * n, st->data_start + t->begin + 2 * start, err);
+        ok = file_read_at(st->fd, st->path, st->data_start + t->begin + 2 * start, 2 * n, piece, err);
         for (int64_t i = 0; ok && i < n; i++) {
             out[i] = bf16 ? float_from_bits((uint32_t)piece[i] << 16) : float_from_half(piece[i]);
         }
@@ -310,7 +289,7 @@ bool safetensors_read_float(const SafeTensors *st, const SafeTensor *t, int64_t 
                         st->path, t->name, t->count, count, start);
     }
     if (strcmp(t->dtype, "F32") == 0) {
-        return read_at(st, out, 4 * count, st->data_start + t->begin + 4 * start, err);
+        return file_read_at(st->fd, st->path, st->data_start + t->begin + 4 * start, 4 * count, out, err);
     }
     if (strcmp(t->dtype, "BF16") == 0 || strcmp(t->dtype, "F16") == 0) {
         return read_narrow(st, t, start, count, out, err);
@@ -322,7 +301,7 @@ bool safetensors_read_int32(const SafeTensors *st, const SafeTensor *t, int32_t 
     if (strcmp(t->dtype, "I32") != 0) {
         return fox_fail(err, "%s: tensor %s has dtype %s, expected I32", st->path, t->name, t->dtype);
     }
-    return read_at(st, out, 4 * t->count, st->data_start + t->begin, err);
+    return file_read_at(st->fd, st->path, st->data_start + t->begin, 4 * t->count, out, err);
 }
 
 /* The JSON header, padded with spaces so that the data starts at a multiple of 8. The caller frees *text. */

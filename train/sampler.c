@@ -112,13 +112,13 @@ char *printable_utf8(const uint8_t *bytes, size_t count) {
     const uint8_t *p = bytes, *end = bytes + count;
     while (p < end) {
         uint32_t c = 0;
-        int length = tokenizer_utf8(p, end, &c);
+        int length = utf8_decode(p, end, &c);
         bool control = c < 0x20 ? c != '\n' && c != '\t' : c >= 0x7f && c < 0xa0;
         if (length > 0 && !control) {
             memcpy(out, p, (size_t)length);
             out += length;
         } else {
-            out += tokenizer_put_utf8(0xfffd, (uint8_t *)out);
+            out += utf8_encode(0xfffd, (uint8_t *)out);
         }
         p += length > 0 ? length : 1;
     }
