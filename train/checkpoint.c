@@ -204,12 +204,9 @@ bool checkpoint_config_from_metadata(const SafeTensors *st, FoxConfig *config, F
     if (metadata == NULL) {
         return fox_fail(err, "%s: has no metadata that describes its model", st->path);
     }
-    char *text = NULL;
-    size_t size = 0;
-    FILE *out = open_memstream(&text, &size);
-    if (out == NULL) {
-        return fox_fail(err, "%s: out of memory", st->path);
-    }
+    JsonText text;
+    json_text_begin(&text);
+    FILE *out = text.stream;
     fputc('{', out);
     for (const Json *m = metadata->first; m != NULL; m = m->next) {
         json_write_string(out, m->key);
@@ -219,8 +216,9 @@ bool checkpoint_config_from_metadata(const SafeTensors *st, FoxConfig *config, F
     }
     fputc('}', out);
     JsonDocument document;
-    bool ok = fclose(out) == 0 && json_parse(text, size, st->path, &document, err);
-    free(text);
+    json_text_end(&text);
+    bool ok = json_parse(text.text, text.length, st->path, &document, err);
+    free(text.text);
     if (ok) {
         ok = config_from_json(document.root, st->path, config, err);
         json_free(&document);

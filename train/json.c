@@ -415,6 +415,21 @@ const Json *json_get(const Json *object, const char *name) {
     return NULL;
 }
 
+void json_text_begin(JsonText *t) {
+    memset(t, 0, sizeof *t);
+    t->stream = open_memstream(&t->text, &t->length);
+    if (t->stream == NULL) {
+        fox_die("out of memory");
+    }
+}
+
+char *json_text_end(JsonText *t) {
+    if (fclose(t->stream) != 0) {
+        fox_die("out of memory");
+    }
+    return t->text;
+}
+
 void json_write_string(FILE *out, const char *s) {
     const uint8_t *p = (const uint8_t *)s, *end = p + strlen(s);
     fputc('"', out);

@@ -37,6 +37,17 @@ void json_free(JsonDocument *);
 /* The member of that name, or NULL (also when `object` is NULL or no object). */
 const Json *json_get(const Json *object, const char *name);
 
+/* Text under construction in memory. It must stay where it is: the stream writes to its fields. */
+typedef struct JsonText {
+    FILE *stream;
+    char *text;
+    size_t length;
+} JsonText;
+/* Begins it; without memory the program ends. */
+void json_text_begin(JsonText *);
+/* Ends it. Returns .text, of .length bytes and a 0; the caller frees it. */
+char *json_text_end(JsonText *);
+
 /* Writes s as a JSON string with quotes; control characters and invalid UTF-8 bytes are escaped (the latter as
  * U+FFFD), so that the line is always valid JSON. */
 void json_write_string(FILE *out, const char *s);

@@ -94,34 +94,24 @@ bool metrics_open_eval(Metrics *m, const char *out_dir, FoxError *err) {
     return !m->active || open_file(m, path, err);
 }
 
-/* A record under construction in memory. It must stay where it is: the stream writes to its fields. */
-typedef struct Record {
-    FILE *stream;
-    char *text;
-    size_t length;
-} Record;
-
-static void record_begin(Record *r, const char *kind, int64_t step) {
-    r->stream = open_memstream(&r->text, &r->length);
-    if (r->stream == NULL) {
-        fox_die("out of memory");
-    }
+static void record_begin(JsonText *r, const char *kind, int64_t step) {
+    json_text_begin(r);
     fprintf(r->stream, "{\"kind\": \"%s\", \"step\": %lld", kind, (long long)step);
 }
 
-static void record_number(Record *r, const char *key, double value) {
+static void record_number(JsonText *r, const char *key, double value) {
     fprintf(r->stream, ", \"%s\": ", key);
     json_write_number(r->stream, value);
 }
 
-static void record_integer(Record *r, const char *key, int64_t value) {
+static void record_integer(JsonText *r, const char *key, int64_t value) {
     fprintf(r->stream, ", \"%s\": %lld", key, (long long)value);
 }
 
 /* Ends the line and appends it to the file: all of it, or nothing. */
-static void record_write(Metrics *m, Record *r) {
+static void record_write(Metrics *m, JsonText *r) {
     fputs("}\n", r->stream);
-    fclose(r->stream);
+    json_text_end(r);
     off_t end = lseek(m->fd, 0, SEEK_END);
     ssize_t written = write(m->fd, r->text, r->length);
     bool ok = written == (ssize_t)r->length;
@@ -153,7 +143,7 @@ void metrics_close(Metrics *m) {
 
 void metrics_run(Metrics *m, int64_t step, const char *settings) {
     if (m->active) {
-        Record r;
+        JsonText r;
         record_begin(&r, "run", step);
         fprintf(r.stream, ", \"settings\": %s", settings);
         record_write(m, &r);
@@ -161,7 +151,7 @@ void metrics_run(Metrics *m, int64_t step, const char *settings) {
 }
 
 /* ", "key": [value, ...]" of count values. */
-static void record_numbers(Record *r, const char *key, const double *values, int count) {
+static void record_numbers(JsonText *r, const char *key, const double *values, int count) {
     fprintf(r->stream, ", \"%s\": ", key);
     for (int i = 0; i < count; i++) {
         fputs(i > 0 ? ", " : "[", r->stream);
@@ -181,7 +171,7 @@ void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss, d
     for (int i = 0; i < bins->count; i++) {
         means[i] = bins->losses[i] / bins->tokens[i];
     }
-    Record r;
+    JsonText r;
     record_begin(&r, "validation", step);
     record_integer(&r, "tokens", tokens);
     record_number(&r, "loss", loss);
@@ -194,7 +184,7 @@ void metrics_validation(Metrics *m, int64_t step, int64_t tokens, double loss, d
 
 void metrics_checkpoint(Metrics *m, int64_t step, double stall, double copy, double write_seconds) {
     if (m->active) {
-        Record r;
+        JsonText r;
         record_begin(&r, "checkpoint", step);
         record_number(&r, "stall_ms", round(1e6 * stall) / 1e3);
         record_number(&r, "copy_ms", round(1e6 * copy) / 1e3);
@@ -212,7 +202,7 @@ void metrics_pruning(Metrics *m, int64_t step, int layers, int heads, const doub
     if (!m->active || !(all > 0)) {
         return;
     }
-    Record r;
+    JsonText r;
     record_begin(&r, "pruning", step);
     record_number(&r, "pruned", all_skipped / all);
     fputs(", \"layers\": [", r.stream);
@@ -233,7 +223,7 @@ void metrics_ranges(Metrics *m, int64_t step, int layers, int heads, int64_t con
         return;
     }
     int64_t blocks = (context + block - 1) / block;
-    Record r;
+    JsonText r;
     record_begin(&r, "ranges", step);
     record_integer(&r, "context", context);
     record_integer(&r, "block", block);
@@ -326,7 +316,7 @@ void metrics_step(Metrics *m, const StepRecord *s) {
     if (!m->active) {
         return;
     }
-    Record r;
+    JsonText r;
     record_begin(&r, "step", s->step);
     record_integer(&r, "tokens", s->tokens);
     record_number(&r, "loss", s->loss);

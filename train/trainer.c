@@ -45,27 +45,17 @@ static bool everyone(const Trainer *t, bool ok, FoxError *err) {
 
 /* What a writer of JSON writes, as a string. The caller frees it. */
 static char *options_json(const Options *options) {
-    char *text = NULL;
-    size_t length;
-    FILE *stream = open_memstream(&text, &length);
-    if (stream == NULL) {
-        fox_die("out of memory");
-    }
-    options_write_json(stream, options);
-    fclose(stream);
-    return text;
+    JsonText text;
+    json_text_begin(&text);
+    options_write_json(text.stream, options);
+    return json_text_end(&text);
 }
 
 static char *config_json(const FoxConfig *config) {
-    char *text = NULL;
-    size_t length;
-    FILE *stream = open_memstream(&text, &length);
-    if (stream == NULL) {
-        fox_die("out of memory");
-    }
-    checkpoint_write_config(stream, config, (double)NAN);
-    fclose(stream);
-    return text;
+    JsonText text;
+    json_text_begin(&text);
+    checkpoint_write_config(text.stream, config, (double)NAN);
+    return json_text_end(&text);
 }
 
 static bool same_config(const FoxConfig *a, const FoxConfig *b) {
@@ -442,18 +432,13 @@ bool trainer_open_backend(Trainer *t, FoxError *err) {
 
 /* The record of what this run is, for metrics.jsonl. */
 static void record_run(Trainer *t) {
-    char *text = NULL;
-    size_t length;
-    FILE *stream = open_memstream(&text, &length);
-    if (stream == NULL) {
-        fox_die("out of memory");
-    }
-    fprintf(stream, "{\"options\": %s, \"parameters\": %lld, \"ranks\": %d, \"device\": \"%s\", \"windows\": %lld, "
+    JsonText text;
+    json_text_begin(&text);
+    fprintf(text.stream, "{\"options\": %s, \"parameters\": %lld, \"ranks\": %d, \"device\": \"%s\", \"windows\": %lld, "
             "\"validation_windows\": %lld}", t->settings, (long long)t->backend.table.parameters, t->ranks.size,
             t->backend.name, (long long)t->train.windows, (long long)t->val.windows);
-    fclose(stream);
-    metrics_run(&t->metrics, t->state.step, text);
-    free(text);
+    metrics_run(&t->metrics, t->state.step, json_text_end(&text));
+    free(text.text);
 }
 
 /* A setting as text. */
