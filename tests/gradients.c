@@ -92,8 +92,8 @@ double gradients_check(const GradientCase *test, char worst[80]) {
             }
             loss[side] = mean_loss(&m, tokens, targets, losses);
         }
-        double error = fabs((loss[0] - loss[1]) / (2 * h) - dot) / sqrt(norm);
-        if (!(error <= worst_error)) {
+        double error = fabs((loss[0] - loss[1]) / (2 * h) - dot) / (norm > 0 ? sqrt(norm) : 1); // at T = 1 some are zero
+        if (!(error <= worst_error) && worst_error == worst_error) { // the first NaN stays
             worst_error = error;
             snprintf(worst, 80, "%s", tensor->name);
         }

@@ -144,8 +144,8 @@ static double worst_pruned_mass(const AcpHead *head, int block_q, int block_k, c
         }
         if (kept_from > i) {
             worst = INFINITY; /* the row lost everything */
-        } else if (pruned > 0) {
-            worst = fmax(worst, log(pruned / all) - log_tolerance);
+        } else if (pruned != 0) {
+            worst = worse(worst, log(pruned / all) - log_tolerance);
         }
     }
     free(logit);
@@ -205,7 +205,7 @@ static void pruning_case(Tests *t, uint64_t seed, PruningTotals *totals) {
         if (mode < 2) {
             totals->kept[mode] += kept;
             totals->pruned_cases[mode] += kept < (int64_t)causal;
-            totals->worst[mode] = fmax(totals->worst[mode], exp(gap[mode]));
+            totals->worst[mode] = worse(totals->worst[mode], exp(gap[mode]));
         } else {
             totals->kept_backward += kept;
         }

@@ -37,6 +37,16 @@ static void test_checker(Tests *t) {
     check(t, fails(relative_error(a, ref, COUNT), 1e-4) && fails(relative_error(a, ref, COUNT), 0.049), "an error of 5%% fails");
     check(t, !fails(relative_error(a, ref, COUNT), 0.051), "and is measured as 5%%");
 
+    const double errors[] = {0.5, 2, 1};
+    for (int bad_at = -1; bad_at < 3; bad_at++) {
+        double worst = 0;
+        for (int i = 0; i < 3; i++) {
+            worst = worse(worst, i == bad_at ? (double)NAN : errors[i]);
+        }
+        check(t, bad_at < 0 ? worst == 2 : worst != worst, "the worst of three errors, NaN at %d, is %g", bad_at, worst);
+    }
+    check(t, worse(-INFINITY, -3) == -3 && worse(-3, -INFINITY) == -3 && worse(INFINITY, 1) == INFINITY, "the worse of infinite errors");
+
     Tests inner;
     memset(&inner, 0, sizeof inner);
     inner.quiet = true;

@@ -282,7 +282,7 @@ static double attention_error(const float *a, const float *ref, int64_t count, d
         sum += y * y;
     }
     double error = sqrt(diff / fmax(norm, sum));
-    *worst = error <= *worst ? *worst : error;
+    *worst = worse(*worst, error);
     return error;
 }
 
@@ -343,7 +343,7 @@ static void attention_check_head(Tests *t, const AttentionCase *a, const char *n
     }
     double c_error = 0;
     for (int i = 0; i < T; i++) {
-        c_error = fmax(c_error, fabs(a->c[row + i] - c[i]));
+        c_error = worse(c_error, fabs(a->c[row + i] - c[i]));
     }
     check_error(t, name, c_error, 1e-9);
     AcpHead head = {T, D, qkv[0], qkv[1], D, c};
@@ -375,7 +375,7 @@ static void attention_check_head(Tests *t, const AttentionCase *a, const char *n
     }
     double lse_error = max_error(a->lse + row, lse, T),
            gate_error = attention_error(a->dlog_f + row, dlog_f, T, 0.03, &worst->dlog_f);
-    worst->lse = lse_error <= worst->lse ? worst->lse : lse_error;
+    worst->lse = worse(worst->lse, lse_error);
     check(t, lse_error <= 2e-4, "%s, head %d: lse off by %.3g", name, bh, lse_error);
     check(t, gate_error <= 2e-3, "%s, head %d: d log f off by %.3g", name, bh, gate_error);
     void *all[] = {o, dq, dk, dv, qkv[0], qkv[1], qkv[2], qkv[3], lse, dlog_f, c, dc, first, copy};
@@ -528,7 +528,7 @@ static void test_attention_long(Tests *t) {
             int i = r < rows / 2 ? T - 1 - r * 37 : (int)(fox_random(5, (uint64_t)r) % (uint64_t)T);
             double p[ATTENTION_WINDOW + 1], o[128], lse, gate = attention_gate_gradient(&a, c, 1, i);
             attention_row(&a, c, 1, i, p, o, &lse);
-            lse_error = fmax(lse_error, fabs((double)a.lse[T + i] - lse));
+            lse_error = worse(lse_error, fabs((double)a.lse[T + i] - lse));
             for (int x = 0; x < D; x++) {
                 diff[0] += pow((double)a.o[(int64_t)i * H * D + D + x] - o[x], 2);
                 norm[0] += o[x] * o[x];
@@ -572,7 +572,7 @@ static void test_attention_portable(Tests *t) {
                worst.dq, worst.dk, worst.dv, worst.dlog_f);
         check_error(t, name, worst.o, 3e-3);
         check_error(t, name, worst.lse, 1e-4);
-        check_error(t, name, fmax(worst.dq, fmax(worst.dk, worst.dv)), 4e-3);
+        check_error(t, name, worse(worst.dq, worse(worst.dk, worst.dv)), 4e-3);
         check_error(t, name, worst.dlog_f, 2e-3);
         attention_free_outputs(&a);
         attention_free_outputs(&b);

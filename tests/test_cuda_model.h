@@ -86,7 +86,7 @@ static void compare_models(Tests *t, uint64_t seed, double *worst) {
         double length = flat_length(ref, tensor->size), error = relative_error(grad_g + tensor->offset, ref, tensor->size);
         error *= length / fmax(length, 0.02 * whole); /* small gradients, which cancel, are judged against the whole */
         check(t, error <= 0.05, "model %d: gradient of %s off by %.3g", (int)seed, tensor->name, error);
-        *worst = fmax(*worst, error);
+        *worst = worse(*worst, error);
     }
     free(tokens);
     free(targets);
@@ -131,7 +131,7 @@ static void compare_training(Tests *t) {
         g.update(&g, &adamw, &sg);
         check(t, sg.applied && fabs(sg.grad_norm - sc.grad_norm) <= 0.03 * sc.grad_norm, "step %d: gradient norm %g, on the CPU %g",
               (int)adamw.step, sg.grad_norm, sc.grad_norm);
-        worst = fmax(worst, fabs(sg.loss - sc.loss));
+        worst = worse(worst, fabs(sg.loss - sc.loss));
     }
     check_error(t, "losses of training steps, GPU against CPU", worst, 0.02);
     check(t, t->quick || sg.loss < 3.5, "training on the GPU learns: loss %g", sg.loss);
@@ -265,7 +265,7 @@ static void compare_fixture(Tests *t, const char *name, const Json *cases) {
             const Json *limit = json_get(allowed, tensor->name);
             check(t, limit != NULL && error <= 1.2 * limit->number, "%s: gradient of %s off by %.3g, the official model's by %.3g", name,
                   tensor->name, error, limit ? limit->number : 0);
-            worst = fmax(worst, limit ? error / limit->number : INFINITY);
+            worst = worse(worst, limit ? error / limit->number : INFINITY);
         }
         printf("%s on the GPU, acp mode %d: losses off by %.2e (official bf16: %.2e); gradients at most %.2f of the official error\n",
                name, acp, loss_error, loss_allowed, worst);

@@ -32,7 +32,7 @@ static void eval_test_bins(Tests *t) {
             for (int64_t p = bins.edges[b]; p < bins.edges[b + 1]; p++) {
                 sum += 2.0 * (double)(p % 1024);
             }
-            worst = fmax(worst, fabs(sum - bins.losses[b]) + fabs(2.0 * (double)(bins.edges[b + 1] - bins.edges[b]) - bins.tokens[b]));
+            worst = worse(worst, fabs(sum - bins.losses[b]) + fabs(2.0 * (double)(bins.edges[b + 1] - bins.edges[b]) - bins.tokens[b]));
         }
         check(t, worst == 0, "eval: T = %d: a bin is off by %g", T, worst);
         free(losses);
@@ -113,7 +113,7 @@ static void eval_check_positions(Tests *t, const RunFixture *f, const char *dir,
         for (int p = (int)edges[b]; p < (int)edges[b + 1]; p++) {
             mean += by_position[p] / (edges[b + 1] - edges[b]);
         }
-        worst = fmax(worst, fabs(mean - means[b]));
+        worst = worse(worst, fabs(mean - means[b]));
         sum += means[b] * tokens[b];
         all += tokens[b];
         check(t, tokens[b] == windows * (edges[b + 1] - edges[b]), "eval: bin %d counts %g tokens", b, tokens[b]);
@@ -229,7 +229,7 @@ static void eval_test_ranges(Tests *t, const RunFixture *f) {
                     sum += before;
                 }
                 wrong += I != BLOCKS;
-                worst = fmax(worst, fabs((double)sum / (BLOCKS * (BLOCKS + 1) / 2) - part->number));
+                worst = worse(worst, fabs((double)sum / (BLOCKS * (BLOCKS + 1) / 2) - part->number));
                 most = fmax(most, part->number);
             }
         }

@@ -95,7 +95,7 @@ static void fixture_compare(Tests *t, const char *name, Backend *b, const Fixtur
         const FoxTensor *tensor = &b->table.tensors[i];
         double error = relative_error(grads + tensor->offset, f->grads + tensor->offset, tensor->size);
         check(t, error <= gradient_limit, "%s: gradient of %s off by %.3g", name, tensor->name, error);
-        if (!(error <= worst)) {
+        if (!(error <= worst) && worst == worst) {
             worst = error;
             worst_name = tensor->name;
         }

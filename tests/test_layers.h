@@ -158,7 +158,7 @@ static void test_gradients(Tests *t) {
         test.log_tolerance = -30;
         test.seed = 100 + (uint64_t)i;
         double error = gradients_check(&test, worst);
-        worst_of_all = fmax(worst_of_all, error);
+        worst_of_all = worse(worst_of_all, error);
         check(t, error <= 2e-5, "gradient of %s by finite differences, configuration %d: error %.3g", worst, i, error);
     }
     printf("gradients by finite differences in double precision: %d configurations, worst error %.2g\n", cases, worst_of_all);

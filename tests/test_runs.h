@@ -254,8 +254,8 @@ static void run_compare_logs(Tests *t, const char *what, const RunLog *a, const 
     for (int s = 1; s <= steps; s++) {
         once = once && a->count[s] == 1 && b->count[s] == 1;
         double d = fabs(a->loss[s] - b->loss[s]), n = fabs(a->grad_norm[s] - b->grad_norm[s]);
-        loss = d <= loss ? loss : d;
-        norm = n <= norm ? norm : n;
+        loss = worse(loss, d);
+        norm = worse(norm, n);
     }
     check(t, once && a->last == steps && b->last == steps, "%s: steps 1 to %d, each once", what, steps);
     check(t, loss <= tolerance && norm <= 100 * tolerance,
@@ -933,7 +933,7 @@ static void test_cuda_runs(Tests *t) {
     run_read_log(&f, "mixed", &mixed);
     double worst = 0;
     for (int step = 1; step <= 30; step++) {
-        worst = fmax(worst, fabs(cpu_only.loss[step] - mixed.loss[step]));
+        worst = worse(worst, fabs(cpu_only.loss[step] - mixed.loss[step]));
     }
     check(t, mixed.starts == 3 && mixed.last == 30, "three starts and 30 steps, found %d and %d", mixed.starts, mixed.last);
     check_error(t, "10 steps on the CPU, 10 on the GPU, 10 on the CPU, against 30 on the CPU", worst, 0.03);
