@@ -218,6 +218,13 @@ typedef struct RunLog {
     int starts, checkpoints;        /* "run" lines; "checkpoint" lines */
 } RunLog;
 
+/* That member's number; NaN when there is none: null stands for what is not finite. */
+static double run_number(const Json *record, const char *key) {
+    const Json *value = json_get(record, key);
+    return value != NULL && value->type == JSON_NUMBER ? value->number : NAN;
+}
+
+/* A step's loss or norm that is not finite is NaN there, and fails every comparison. */
 static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
     char name[600];
     memset(log, 0, sizeof *log);
@@ -234,8 +241,8 @@ static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
         if (is_step && step->integer > 0 && step->integer < RUN_MAX_STEPS) {
             int s = (int)step->integer;
             log->count[s]++;
-            log->loss[s] = json_get(document.root, "loss")->number;
-            log->grad_norm[s] = json_get(document.root, "grad_norm")->number;
+            log->loss[s] = run_number(document.root, "loss");
+            log->grad_norm[s] = run_number(document.root, "grad_norm");
             log->last = s > log->last ? s : log->last;
         }
         log->starts += strcmp(name_of_kind, "run") == 0;
