@@ -1,11 +1,13 @@
 /* The tests of fox.c.
  *
  *   ./test_fox                     everything; ends with "N passed, N failed", exit code 1 when something failed
- *   ./test_fox --only NAME         the groups whose name contains NAME
+ *   ./test_fox --only NAME         the groups whose name contains NAME; exit code 1 as well when nothing was checked
  *   ./test_fox --quick             fewer repetitions (sanitizer builds)
  *   ./test_fox FILE.safetensors..  the check of the fixtures on other files of their form
  *
- * Run it in the project's folder: the data lies in tests/data, and the programs under test beside this one. */
+ * Run it in the project's folder: the data lies in tests/data, and the programs under test beside this one. What cannot be
+ * tested here is named on a line that begins with "SKIPPED: ". FOX_REQUIRE_GPU=N in the environment: N GPUs must be there, and
+ * what is skipped for want of one of them fails. */
 #include <libgen.h>
 #include <unistd.h>
 
@@ -91,6 +93,19 @@ int main(int argc, char **argv) {
     if (files + runs == 0) {
         return usage("no test of that name");
     }
+#ifndef FOX_CUDA
+    const char *required = getenv("FOX_REQUIRE_GPU");
+    if (required != NULL && atoi(required) > 0) {
+        check(&t, false, "built without CUDA; FOX_REQUIRE_GPU is %s", required);
+    }
+#endif
+    if (t.skipped > 0) {
+        printf("%d skipped\n", t.skipped);
+    }
+    bool nothing = t.only != NULL && t.passed + t.failed == 0;
+    if (nothing) {
+        fprintf(stderr, "test_fox: error: --only %s: nothing was checked%s\n", t.only, t.skipped > 0 ? ", all was skipped" : "");
+    }
     printf("%d passed, %d failed\n", t.passed, t.failed);
-    return t.failed > 0;
+    return t.failed > 0 || nothing;
 }

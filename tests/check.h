@@ -1,4 +1,4 @@
-/* The checker behind test_fox: counts passes and failures, compares arrays.
+/* The checker behind test_fox: counts passes, failures and what was skipped, compares arrays.
  *
  * A comparison passes only when "error <= tolerance" is true, so NaN fails by itself; Inf fails because its error is
  * Inf or NaN. The largest of several errors comes from worse(), which keeps a NaN. test_checker() proves it on NaN, Inf
@@ -14,8 +14,8 @@ typedef struct Tests {
     const char *data;      /* the folder tests/data */
     const char *scratch;   /* an empty folder, removed at the end */
     bool quick;            /* smaller repetition counts, for sanitizer builds */
-    bool quiet;            /* failures are counted, not printed: the checker's own test */
-    int passed, failed;
+    bool quiet;            /* failures and skips are counted, not printed: the checker's own test */
+    int passed, failed, skipped;
 } Tests;
 
 /* Counts one check and prints it when it failed. Returns ok. */
@@ -37,6 +37,38 @@ static inline bool check(Tests *t, bool ok, const char *format, ...) {
         fflush(stdout);
     }
     return ok;
+}
+
+/* Says what cannot be tested here, and why. */
+FOX_PRINTF(2, 3)
+static inline void skip(Tests *t, const char *format, ...) {
+    t->skipped++;
+    if (t->quiet) {
+        return;
+    }
+    va_list args;
+    va_start(args, format);
+    fputs("SKIPPED: ", stdout);
+    vprintf(format, args);
+    fputc('\n', stdout);
+    va_end(args);
+    fflush(stdout);
+}
+
+/* Skips what needs that many GPUs. FOX_REQUIRE_GPU=N of the environment says that there must be N: then it fails. */
+FOX_PRINTF(3, 4)
+static inline void skip_without_gpus(Tests *t, int needed, const char *format, ...) {
+    const char *required = getenv("FOX_REQUIRE_GPU");
+    char why[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(why, sizeof why, format, args);
+    va_end(args);
+    if (required != NULL && atoi(required) >= needed) {
+        check(t, false, "%s; FOX_REQUIRE_GPU is %s", why, required);
+    } else {
+        skip(t, "%s", why);
+    }
 }
 
 /* ||a - ref|| / ||ref|| in double precision (||a|| where ref is all zero). NaN or Inf when an input has one. */

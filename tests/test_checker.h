@@ -54,6 +54,23 @@ static void test_checker(Tests *t) {
     check(t, inner.passed == 1 && inner.failed == 0, "a passing check counts as passed");
     check_error(&inner, "a NaN error", (double)NAN, 1e30);
     check(t, inner.passed == 1 && inner.failed == 1, "a NaN error counts as failed");
+    skip(&inner, "unused");
+    check(t, inner.skipped == 1 && inner.passed == 1 && inner.failed == 1, "what is skipped is neither passed nor failed");
+
+    const char *required = getenv("FOX_REQUIRE_GPU");
+    char *before = required != NULL ? strdup(required) : NULL;
+    setenv("FOX_REQUIRE_GPU", "1", 1);
+    skip_without_gpus(&inner, 2, "unused");
+    check(t, inner.skipped == 2 && inner.failed == 1, "one GPU must be there: what needs two is skipped");
+    skip_without_gpus(&inner, 1, "unused");
+    check(t, inner.skipped == 2 && inner.failed == 2, "one GPU must be there: what needs one fails");
+    unsetenv("FOX_REQUIRE_GPU");
+    skip_without_gpus(&inner, 1, "unused");
+    check(t, inner.skipped == 3 && inner.failed == 2, "no GPU must be there: what needs one is skipped");
+    if (before != NULL) {
+        setenv("FOX_REQUIRE_GPU", before, 1);
+    }
+    free(before);
 }
 
 #endif

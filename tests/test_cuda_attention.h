@@ -583,7 +583,7 @@ static void test_attention_portable(Tests *t) {
 static void test_cuda_attention(Tests *t) {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        printf("no GPU here: acp_attention.cuh is not tested\n");
+        skip_without_gpus(t, 1, "attention on a GPU: none here");
         return;
     }
     test_attention_portable(t);

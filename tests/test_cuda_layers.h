@@ -770,7 +770,7 @@ static void test_cuda_layers(Tests *t) {
     static const GpuShape far_away = {1, 131172, 1, 64, 0};
     int devices = 0, all = (int)(sizeof shapes / sizeof shapes[0]), count = t->quick ? all - 2 : all;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        printf("cuda layers: no GPU here, not tested\n");
+        skip_without_gpus(t, 1, "layers on a GPU: none here");
         return;
     }
     gpu_cases(t, "norm", cuda_norm_case, shapes, count, 2);

@@ -293,7 +293,7 @@ static void compare_fixtures(Tests *t) {
 static void test_cuda_model(Tests *t) {
     char why[256];
     if (!backend_cuda_available(why)) {
-        printf("no GPU can be used (%s): not run\n", why);
+        skip_without_gpus(t, 1, "models on a GPU: none can be used (%s)", why);
         return;
     }
     compare_fixtures(t);

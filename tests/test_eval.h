@@ -308,7 +308,7 @@ static void test_cuda_eval(Tests *t) {
     RunFixture f;
     char why[256];
     if (!backend_cuda_available(why)) {
-        printf("no GPU can be used (%s): not run\n", why);
+        skip_without_gpus(t, 1, "validations on a GPU: none can be used (%s)", why);
         return;
     }
     memset(&f, 0, sizeof f);

@@ -35,14 +35,14 @@ static bool ranks_fixture_create(Tests *t, RankFixture *f, int ranks, bool gpu) 
     f->launchers[f->count++] = f->launch;
 #ifdef FOX_MPI
     if (t->quick) { // MPI itself does not pass the leak checker
-        printf("ranks: mpirun is skipped: quick tests\n");
+        skip(t, "ranks started by mpirun: quick tests");
     } else if (system("mpirun --version >/dev/null 2>&1") == 0) {
         f->launchers[f->count++] = "mpirun --oversubscribe -np";
     } else {
-        printf("ranks: mpirun is skipped: it is not there\n");
+        skip(t, "ranks started by mpirun: it is not there");
     }
 #else
-    printf("ranks: mpirun is skipped: built without MPI\n");
+    skip(t, "ranks started by mpirun: built without MPI");
 #endif
     return true;
 }
@@ -306,7 +306,7 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     ranks_await_checkpoint(t, f, what);
     double start = fox_now();
     if (loss == LOSS_HANG && !ranks_hang(processes[victim])) {
-        printf("ranks: a main thread that hangs is skipped: no ptrace here (%s)\n", strerror(errno));
+        skip(t, "ranks: a main thread that hangs: no ptrace here (%s)", strerror(errno));
         kill(child, SIGTERM);
         run_wait(child);
         run_remove(&f->run, "lost");
@@ -413,13 +413,13 @@ static void ranks_signal(Tests *t, const RankFixture *f, int launcher, int victi
 }
 
 /* Whether mpirun passes SIGUSR1 on to its ranks, as its manual says: not every build does. */
-static bool ranks_passes_on(const RankFixture *f) {
+static bool ranks_passes_on(Tests *t, const RankFixture *f) {
     char command[1200];
     run_put(&f->run, "ask.sh", "trap 'exit 0' USR1\nkill -USR1 $PPID\nfor i in 1 2 3 4; do sleep 0.5; done\nexit 7\n", 0);
     snprintf(command, sizeof command, "mpirun --oversubscribe -np 1 /bin/sh %s/ask.sh", f->run.root);
     bool passes = run_command(&f->run, command) == 0;
     if (!passes) {
-        printf("ranks: mpirun here does not pass SIGUSR1 on: not tested\n");
+        skip(t, "ranks: SIGUSR1 to mpirun, which does not pass it on here");
     }
     return passes;
 }
@@ -429,7 +429,7 @@ static void test_ranks_signals(Tests *t, const RankFixture *f, const char *hash)
     ranks_signal(t, f, 0, -1, SIGTERM, 0, hash);
     if (f->count > 1) {
         ranks_signal(t, f, 1, 0, SIGTERM, 0, hash);
-        if (ranks_passes_on(f)) {
+        if (ranks_passes_on(t, f)) {
             ranks_signal(t, f, 1, -1, SIGUSR1, 0, hash);
         }
         ranks_signal(t, f, 1, -1, SIGTERM, 1, hash);
@@ -579,7 +579,7 @@ static void test_cuda_ranks(Tests *t) {
     RankFixture f;
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices < 2) {
-        printf("ranks on GPUs: %d GPUs here, two are needed: not tested\n", devices);
+        skip_without_gpus(t, 2, "ranks on GPUs: two are needed, %d here", devices);
         return;
     }
     if (!ranks_fixture_create(t, &f, 2, true)) {

@@ -446,8 +446,7 @@ static void test_run_full_disk(Tests *t, const RunFixture *f) {
         snprintf(options, sizeof options, "size=%lld", (long long)(model_bytes * 40));
         check(t, mount("tmpfs", dir, "tmpfs", MS_REMOUNT, options) == 0, "the small disk grows");
     } else {
-        printf("runs: the full disk is skipped: no tmpfs can be mounted here (%s); files that may not grow are tested\n",
-               strerror(errno));
+        skip(t, "runs: a full disk: no tmpfs can be mounted here (%s); files that may not grow are tested", strerror(errno));
         run_train_command(f, "full", "-x 5 -n 5 -b 2", command);
         run_expect(t, f, "5 steps", run_command(f, command), 0);
         run_train_command(f, "full", "-x 15 -n 5 -b 2 -y", command);
@@ -911,7 +910,7 @@ static void test_cuda_runs(Tests *t) {
     RunLog cpu_only, mixed;
     char why[256], command[4096];
     if (!backend_cuda_available(why)) {
-        printf("no GPU can be used (%s): not run\n", why);
+        skip_without_gpus(t, 1, "runs on a GPU: none can be used (%s)", why);
         return;
     }
     memset(&f, 0, sizeof f);
