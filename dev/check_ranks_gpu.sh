@@ -5,7 +5,7 @@
 #   N=4 dev/check_ranks_gpu.sh curves memory        four GPUs (2), chosen parts
 #
 #   bandwidth   NCCL's bus bandwidth by size (nccl_bandwidth)
-#   tests       test_fox --only cuda_ranks: whole runs of a small model
+#   tests       test_fox --only cuda_ranks: whole runs of a small model, on two GPUs, which must be there
 #   curves      125M, the first $STEPS (100) steps of the papers' recipe (warm-up over 256Mi tokens) in steps of 65,536 tokens, on 1
 #               and on N GPUs, -z 1 and -z 0: losses within 2e-3 at every step, last validation within 1e-3. One GPU with other
 #               micro-batches shows how far rounding alone carries; that is printed, not judged
@@ -102,7 +102,7 @@ part_bandwidth() {
 }
 
 part_tests() {
-    ./test_fox --only cuda_ranks | tail -n 30
+    FOX_REQUIRE_GPU=2 ./test_fox --only cuda_ranks | tail -n 30
     verdict $((! PIPESTATUS[0])) 'test_fox --only cuda_ranks'
 }
 

@@ -19,6 +19,7 @@
 #     speed          whole steps of both programs: steps of scripts/bench.sh; needs --official
 #     report         dev/report.py: all of it in one file below $RESULTS (docs/results)
 #
+# Tests that need a GPU, or $FOX_REQUIRE_GPU of them (1), fail where there is none: they are not skipped.
 # Each part has $LIMIT seconds (540). Output goes to $LOGS/PART.log (build/gpu_check); shown are the last lines of a
 # part that fails, and everything of those that measure. Exit status 1 when a part failed.
 cd "$(dirname "$0")/.." || exit 1
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
     --official) official=$2; shift ;;
     --one) one=$2; shift ;;
     --sanitize) sanitize=yes ;;
-    -*) sed -n '2,27s/^# \{0,1\}//p' "$0"; exit 1 ;;
+    -*) sed -n '2,28s/^# \{0,1\}//p' "$0"; exit 1 ;;
     *) parts="$parts $1" ;;
     esac
     shift
@@ -38,6 +39,7 @@ if [ -n "$parts" ]; then
 else
     parts="build test${sanitize:+ sanitize} bench profile deterministic${official:+ parity speed} report"
 fi
+export FOX_REQUIRE_GPU="${FOX_REQUIRE_GPU:-1}"
 logs=${LOGS:-build/gpu_check}
 python=${PYTHON:-python3}
 mkdir -p "$logs"
