@@ -139,6 +139,8 @@ $(BUILD)/%.o: %.c $(STAMP)
 	$(call compile)
 $(BUILD)/train_fox.o: train_fox.cu $(STAMP) # main() is plain C as well as CUDA C++: the same object with and without nvcc
 	$(call compile,-x c)
+$(BUILD)/test_fox.o: test_fox.c $(STAMP) # FOX_HOPPER: on such a chip the tests demand the kernels that are its own
+	$(call compile,$(if $(filter 90a,$(ARCHS)),-DFOX_HOPPER))
 $(BUILD)/cuda/%.o: cuda/%.cu $(STAMP)
 	$(announce)@mkdir -p $(@D) && echo 'compile   $<' && $(NVCC) $(NVCC_FLAGS) -c $< -o $@
 $(STAMP):
