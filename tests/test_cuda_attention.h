@@ -360,10 +360,13 @@ static void attention_check_head(Tests *t, const AttentionCase *a, const char *n
         dlog_f[i] = (float)sum;
     }
     const float *gpu[] = {a->o, a->dq, a->dk, a->dv}, *cpu[] = {o, dq, dk, dv};
-    double *largest[] = {&worst->o, &worst->dq, &worst->dk, &worst->dv}, allowed[] = {4e-3, 6e-3, 6e-3, 5e-3};
+    double *largest[] = {&worst->o, &worst->dq, &worst->dk, &worst->dv};
     /* delta of a row comes from O in bf16, off by about 2^-9 sqrt(D) whatever the row's gradient: with two keys, one of
-     * them dominant, dq = p (dP - delta) k / sqrt(D) is smaller than that error's share */
-    double units[] = {0.03, 0.4, 0.03, 0.03};
+     * them dominant, dq = p (dP - delta) k / sqrt(D) is smaller than that error's share. From 64 rows on the others outweigh
+     * such rows: of 1,440 heads of 64 to 127 rows in the emulated kernels (make emulated) the worst dq was off by 5.6e-3, of
+     * 24 of 200 and 333 rows by 4.2e-3 */
+    bool small = T < 64;
+    double units[] = {0.03, small ? 0.4 : 0.03, 0.03, 0.03}, allowed[] = {4e-3, small ? 6e-3 : 8e-3, 6e-3, 5e-3};
     static const char *const names[] = {"o", "dq", "dk", "dv"};
     float *copy = FOX_NEW(float, size);
     for (int n = 0; n < 4; n++) {
