@@ -654,7 +654,7 @@ static inline void fox_first_blocks(const FoxModel *m, const FoxLayerWeights *w,
         double U = m->config.qk_norm ? fox_logit_bound(&m->config, w, h) : acp_bound_measured(head);
         acp_first_blocks_paper(T, head->c, acp_threshold(U, T, (double)m->log_tolerance), FOX_BLOCK, FOX_BLOCK, first);
     } else {
-        acp_first_blocks_tight(head, (double)m->log_tolerance, FOX_BLOCK, FOX_BLOCK, NULL, first);
+        acp_first_blocks_tight(head, (double)m->log_tolerance, FOX_BLOCK, FOX_BLOCK, first);
     }
 }
 

@@ -50,7 +50,7 @@ static void check_head(const AcpHead *head, const float *lse, double U, double l
         if (test == 0) {
             acp_first_blocks_paper(head->T, head->c, acp_threshold(U, head->T, log_tolerance), BLOCK, BLOCK, first);
         } else if (test == 1) {
-            acp_first_blocks_tight(head, log_tolerance, BLOCK, BLOCK, NULL, first);
+            acp_first_blocks_tight(head, log_tolerance, BLOCK, BLOCK, first);
         } else if (of_gpu != NULL) {
             memcpy(first, of_gpu, sizeof(int) * (size_t)blocks);
         } else {

@@ -308,7 +308,7 @@ static void attention_check_ranges(Tests *t, const AttentionCase *a, const char 
             acp_first_blocks_paper(T, head->c, acp_threshold(U, T, tolerance) + side * slack, ACP_TEST_BLOCK,
                                    ACP_TEST_BLOCK, bound);
         } else if (a->shape.mode == ACP_TIGHT) {
-            acp_first_blocks_tight(head, tolerance + side * slack, ACP_TEST_BLOCK, ACP_TEST_BLOCK, NULL, bound);
+            acp_first_blocks_tight(head, tolerance + side * slack, ACP_TEST_BLOCK, ACP_TEST_BLOCK, bound);
         }
         for (int m = 0; m < blocks; m++) {
             same = same && (side < 0 ? first[m] >= bound[m] : first[m] <= bound[m]);
@@ -318,7 +318,7 @@ static void attention_check_ranges(Tests *t, const AttentionCase *a, const char 
     acp_last_blocks(T, ACP_TEST_BLOCK, ACP_TEST_BLOCK, first, bound);
     check(t, memcmp(bound, a->last + (int64_t)bh * blocks, sizeof(int) * (size_t)blocks) == 0,
           "%s, head %d: the keys' view names other blocks", name, bh);
-    double gap = worst_pruned_mass(head, ACP_TEST_BLOCK, ACP_TEST_BLOCK, first, tolerance, 1 + T / 40, NULL);
+    double gap = worst_pruned_mass(head, ACP_TEST_BLOCK, ACP_TEST_BLOCK, first, tolerance, 1 + T / 40);
     check(t, gap <= 0, "%s, head %d: pruned mass is %.3g times the allowed", name, bh, exp(gap));
     free(bound);
 }

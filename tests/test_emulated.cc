@@ -133,7 +133,7 @@ static void check_ranges(Tests *t, const Case &c, const char *what, int bh, cons
         double delta = acp_threshold(sqrt((double)D) * ACP_ROUNDING, T, c.shape.log_tolerance);
         acp_first_blocks_paper(T, decay, delta, ACP_BLOCK, ACP_BLOCK, expected.data());
     } else if (c.shape.mode == ACP_TIGHT) {
-        acp_first_blocks_tight(&head, c.shape.log_tolerance, ACP_BLOCK, ACP_BLOCK, NULL, expected.data());
+        acp_first_blocks_tight(&head, c.shape.log_tolerance, ACP_BLOCK, ACP_BLOCK, expected.data());
     }
     acp_last_blocks(T, ACP_BLOCK, ACP_BLOCK, first, expected_last.data());
     for (int m = 0; m < blocks; m++) {

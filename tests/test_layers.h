@@ -265,7 +265,7 @@ static void attention_case(Tests *t, int T, int D, int gates, AcpMode acp, uint6
     if (acp == ACP_PAPER) {
         acp_first_blocks_paper(T, c, acp_threshold(acp_bound_measured(&head), T, -10), FOX_BLOCK, FOX_BLOCK, first);
     } else if (acp == ACP_TIGHT) {
-        acp_first_blocks_tight(&head, -10, FOX_BLOCK, FOX_BLOCK, NULL, first);
+        acp_first_blocks_tight(&head, -10, FOX_BLOCK, FOX_BLOCK, first);
     }
     *skipped += (double)acp_skipped_blocks(blocks, first);
     *total += (double)acp_causal_blocks(T, FOX_BLOCK, FOX_BLOCK);
