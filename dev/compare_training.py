@@ -13,7 +13,7 @@ dev/train_official.py), and are validated on the same windows at the same steps.
 320 steps of 131072 tokens, AdamW with a peak rate of 3e-4, 32 steps of warm-up and a cosine to 0.
 
 --out holds every run's curves; --merge takes over the runs of earlier files, so that parts can be made at different
-times. The table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and
+times. Files of another recipe are refused; --check does nothing but to look whether files are of this command line's. The table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and
 from `off` of the same seed (or from the first run), and the largest difference of the training losses, as means of 20
 steps, in the second half; tokens/s of the median step; skipped fraction of the attention blocks at the end. Below it,
 how far the last validations of runs are apart that differ by their seed only. --keep FOLDER keeps the folder of each
@@ -35,6 +35,8 @@ import official
 from train_official import Plan
 
 LAST = 20  # steps that a training loss is averaged over
+OF_A_RUN = ("data", "val_data", "vocab", "out", "acp", "seed")  # settings of a run or a place, not of the recipe
+INDIFFERENT = ("device", "recompute", "deterministic", "zero", "hang_timeout", "checkpoint_every", "keep")  # to the recipe too
 
 
 def split_name(name):
@@ -60,6 +62,24 @@ def recipe(args, seed):
         pruning_every=args.val_every,
         seed=seed,
     )
+
+
+def recipe_of(plan):
+    """What all runs of a table share: the settings, and how many windows of data there are."""
+    return dict(
+        settings={k: v for k, v in plan.settings.items() if k not in OF_A_RUN} | dict(windows=plan.windows),
+        lr=[float(f"{s['lr']:.6g}") for s in plan.steps],
+    )
+
+
+def require_same(found, expected, who, advice=""):
+    """Ends with one line when two recipes differ. Settings that one of them does not know, being older, count as equal."""
+    a, b = found["settings"], expected["settings"]
+    different = [k for k in b if k in a and k not in OF_A_RUN + INDIFFERENT and a[k] != b[k]]
+    if different:
+        raise SystemExit(f"{who}: another recipe: " + ", ".join(f"{k} is {a[k]}, not {b[k]}" for k in different) + advice)
+    if found["lr"] != expected["lr"]:
+        raise SystemExit(f"{who}: another recipe: the learning rates of its steps differ{advice}")
 
 
 def initial_weights(args, model, seed, scratch):
@@ -198,6 +218,7 @@ def main():
     parser.add_argument("--data", help="folder of shards, *train*.bin and *val*.bin")
     parser.add_argument("--out", default=os.path.join(os.environ.get("OUT") or "build", "training.json"), help="JSON file")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="earlier results")
+    parser.add_argument("--check", nargs="+", default=[], metavar="FILE", help="earlier results that must be of this recipe")
     parser.add_argument("--model", default="fox-pro-125m", help="preset")
     parser.add_argument("--baseline", help="preset of `transformer`; by default the one like --model")
     parser.add_argument("-T", "--context", type=int, default=16384)
@@ -215,26 +236,33 @@ def main():
     args = parser.parse_args()
     args.baseline = args.baseline or args.model.replace("fox", "transformer", 1)
     names = [(name, *split_name(name)) for name in args.runs]
-    if names and not args.data:
+    if (names or args.check) and not args.data:
         parser.error("--data is needed")
     if any(kind.startswith("official") for _, kind, _ in names) and not args.official:
         parser.error("--official is needed")
+    if args.check:
+        expected = recipe_of(Plan(["-e", args.model, "-i", args.data, *recipe(args, 1)]))
+        for path in args.check:
+            require_same(json.loads(pathlib.Path(path).read_text()), expected, path, "; remove it or choose another OUT")
+        return 0
     result = dict(runs={})
     for path in args.merge:
         earlier = json.loads(pathlib.Path(path).read_text())
+        if result["runs"]:
+            require_same(earlier, result, f"{path} cannot be merged with {args.merge[0]}")
         result = {**result, **earlier, "runs": {**result["runs"], **earlier["runs"]}}
     pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="fox_training_"))
     try:
         for name, kind, seed in names:
             plan = Plan(["-e", args.model, "-i", args.data, *recipe(args, seed)])
+            if result["runs"]:
+                require_same(recipe_of(plan), result, f"{name} cannot be merged with {', '.join(result['runs'])}")
+            result.update(recipe_of(plan))
             run = run_official if kind.startswith("official") else run_ours
             records = run(args, kind, seed, scratch)
             if not any(r["kind"] == "step" for r in records):
                 raise SystemExit(f"{name}: no step was made")
-            own = ("data", "val_data", "out", "acp", "seed")  # of a run or a place, not of the comparison
-            result["settings"] = {k: v for k, v in plan.settings.items() if k not in own}
-            result["lr"] = [float(f"{s['lr']:.6g}") for s in plan.steps]
             result["runs"][name] = summarize(name, records, plan)
             pathlib.Path(args.out).write_text(json.dumps(result) + "\n")
             print(f"{name}: {len(result['lr'])} steps in {result['runs'][name]['train_seconds']:.0f} s", flush=True)

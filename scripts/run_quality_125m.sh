@@ -4,14 +4,14 @@
 # difference is the noise.
 #
 #   scripts/run_quality_125m.sh data/fineweb              all runs, then the table and the picture
-#   RUNS="off paper" scripts/run_quality_125m.sh data     these; what is done already is not done again
+#   RUNS="off paper" scripts/run_quality_125m.sh data     these; what is done already is not done again, and must be of this recipe
 #   GPUS="0 1" scripts/run_quality_125m.sh data           on these GPUs (all), a run on each, side by side
 #
 #   model    fox-pro-125m, transformer-pro-125m
 #   tokens   $TOKENS (100e6) a run: 762 steps of 131,072; about 1e17 floating-point operations each
 #   recipe   AdamW, peak rate 3e-4, 128 steps of warm-up, cosine to 0. Where the rate is much larger, or at its peak while the loss
 #            leaves its first plateau (32 steps), runs that differ in rounding alone drift apart, at worst as much as seeds do
-#   time     tokens / (tokens/s of the machine): an H100 trained at 503,000 tokens/s with `paper`, at 235,000 without pruning
+#   time     tokens / (tokens/s of the machine): an H100 trained at 504,160 tokens/s with `paper`, at 233,722 without pruning
 #            (docs/results/training.md), which is 3.3 and 7.1 minutes a run
 #
 # Needs an NVIDIA GPU, or --device cpu, and a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass
@@ -65,6 +65,20 @@ train() {
 export -f fail compare train
 export data out keep python gpus
 
+parts_done() { # into parts: the files of the runs that are done, of this call or an earlier one
+    local kind part
+    parts=()
+    for kind in official official-off off paper tight transformer; do
+        for part in "$out.$kind.json" "$out.$kind"@*.json; do
+            [ ! -e "$part" ] || parts+=("$part")
+        done
+    done
+}
+parts_done
+if [ ${#parts[@]} -gt 0 ]; then
+    said=$(compare "$out.json" --check "${parts[@]}" "$@" 2>&1) || fail "$(echo "$said" | tail -n 1)"
+fi
+
 todo=
 for run in ${RUNS:-off transformer paper tight paper@2}; do # the long ones first
     if [ -e "$out.$run.json" ]; then
@@ -85,12 +99,7 @@ trap 'rm -f "$going"' EXIT
 export going
 # shellcheck disable=SC2016,SC2086
 printf '%s\n' $todo | xargs -r -P "$(echo "$gpus" | wc -w)" -I{} --process-slot-var=place bash -u -c 'train "$place" "$@"' train {} "$@" || exit 1
-parts=()
-for kind in official official-off off paper tight transformer; do
-    for part in "$out.$kind.json" "$out.$kind"@*.json; do
-        [ ! -e "$part" ] || parts+=("$part")
-    done
-done
+parts_done
 compare "$out.json" --merge "${parts[@]}" "$@" | tee "$out.txt" || fail 'the table could not be made'
 "$python" dev/plot_training.py "$out.json" "$out.png" || fail "the picture could not be drawn; $out.json holds all of it"
 echo "$out.json $out.txt $out.png; runs: $keep"

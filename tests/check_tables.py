@@ -222,6 +222,13 @@ def check_quality(t, folder):
         ["off", "paper", "paper@2", "tight", "transformer"],
         "quality: runs of before stay in the table",
     )
+    t.fails(
+        [*script, "--lr", "1e-3"],
+        f"{out}.off.json: another recipe: lr is 0.0003, not 0.001; remove it or choose another OUT",
+        "quality: runs of before that had another rate",
+        env=dict(environment, RUNS="off tight"),
+    )
+    t.equal(json.loads(out.with_suffix(".json").read_text())["settings"]["lr"], 3e-4, "quality: the table stays")
     t.fails(["bash", ROOT / "scripts" / "run_quality_125m.sh", folder / "none"], "no folder there", "quality without data", env=environment)
     no = dict(environment, RUNS="fast quick off", OUT=str(folder / "no"))
     t.fails(script, f"no run of this name; --help lists them; its log: {folder / 'no'}.", "quality of unknown runs", env=no)
@@ -233,6 +240,44 @@ def check_quality(t, folder):
     t.fails(script[:3], "no NVIDIA GPU here", "quality without a GPU", env=dict(no, PATH=str(tools)))
 
 
+def check_merge(t, folder):
+    """dev/compare_training.py --merge: the results in docs/ stay as they are, two recipes are not put into one table."""
+    results, out = ROOT / "docs" / "results", folder / "merged.json"
+
+    def merge(*files):
+        return [sys.executable, ROOT / "dev" / "compare_training.py", "--out", out, "--merge", *files]
+
+    for name in ("training_125m", "quality_125m"):
+        t.run(merge(results / f"{name}.json"), f"merge {name}")
+        t.check(out.read_bytes() == (results / f"{name}.json").read_bytes(), f"merge {name}: the same file")
+        t.run([sys.executable, ROOT / "dev" / "plot_training.py", out, folder / f"{name}.png"], f"picture of {name}")
+        is_picture(t, folder / f"{name}.png", f"picture of {name}")
+    out.unlink()
+    one = results / "quality_125m.json"
+    whole = json.loads(one.read_text())
+
+    def part(name, run, settings={}, lr=whole["lr"]):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(dict(runs={run: whole["runs"][run]}, settings={**whole["settings"], **settings}, lr=lr)))
+        return path
+
+    off, paper = part("off", "off"), part("paper", "paper", dict(device="cuda", hang_timeout=7))
+    t.run(merge(off, paper), "merge two parts of a recipe")
+    t.equal(json.loads(out.read_text())["runs"], {k: whole["runs"][k] for k in ("off", "paper")}, "merge: runs")
+    out.unlink()
+    for settings, words in (
+        (dict(warmup_tokens=16777216), "warmup_tokens is 16777216, not 4194304"),
+        (dict(context=8192, micro_batch=4), "context is 8192, not 16384, micro_batch is 4, not 2"),
+        (dict(model="fox-llama-125m"), "model is fox-llama-125m, not fox-pro-125m"),
+    ):
+        other = part("other", "tight", settings)
+        t.fails(merge(off, paper, other), f"{other} cannot be merged with {off}: another recipe: {words}", f"merge {settings}")
+    other = part("other", "tight", lr=[1.01 * rate for rate in whole["lr"]])
+    t.fails(merge(off, other), "the learning rates of its steps differ", "merge other rates")
+    t.fails(merge(one, results / "quality_125m_warmup128.json"), "another recipe: warmup_tokens", "merge two of docs/results")
+    t.check(not out.exists(), "nothing is written for two recipes")
+
+
 def main():
     t = Checks()
     with tempfile.TemporaryDirectory(prefix="fox_tables_") as scratch:
@@ -241,6 +286,7 @@ def main():
         check_official_rows(t, folder)
         check_throughput(t, folder)
         check_quality(t, folder)
+        check_merge(t, folder)
     t.finish()
 
 
