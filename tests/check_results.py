@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""Recomputes the tables of docs/results/*.md and of README.md's "Measured" from the raw data in docs/results/*.json, and the
+sentences that state what follows from them: every printed number must be the computed one within its rounding.
+
+    python3 tests/check_results.py       needs no packages
+
+Tables are found by a part of their head, rows by their labels. A table or row that is neither computed nor named in WITHOUT_DATA
+fails. Ends with "N passed, N failed".
+"""
+
+import json
+import pathlib
+import re
+import statistics
+
+from checks import Checks
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)")  # not the digits of H200 or of a commit
+
+# What cannot be recomputed here: (document, table, rows or None for all of them, why).
+WITHOUT_DATA = (
+    ("training.md", "after 32 steps", ("`tight`, the same at 92a9a19", "`paper`, seed 2, the same at 92a9a19"), "only b133696 was kept"),
+    ("ranks.md", "all-reduce", None, "nccl_bandwidth prints a table and writes no file"),
+    ("cpu.md", "context × sequences", None, "make bench prints a table and writes no file"),
+    ("cpu.md", "normaliser known", None, "printed by ./test_fox --only acp"),
+    ("cpu.md", "tiktoken", None, "printed by dev/check_tokenizer.py"),
+    ("cpu.md", "gradient norm differs", None, "printed by dev/parity_official.py"),
+)
+
+
+class Table:
+    def __init__(self, head, rows):
+        self.head, self.rows, self.seen = head, rows, set()
+
+
+class Document:
+    """The tables and the text of a Markdown file, from a heading on."""
+
+    def __init__(self, t, path, heading=""):
+        self.t, self.name = t, path.name
+        text = path.read_text()
+        text = text[text.index(heading) :]
+        self.words = re.sub(r"\s+", " ", text)
+        self.tables = []
+        for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+            head, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines())
+            self.tables.append(Table(" | ".join(head), rows))
+
+    def table(self, part):
+        found = [table for table in self.tables if part in table.head]
+        self.t.equal(len(found), 1, f"{self.name}: tables with '{part}' in their head")
+        return found[0] if found else Table(part, [])
+
+    def row(self, part, label, expected, commit=None):
+        """The numbers of the row whose first cells are `label`, in order, must be those expected."""
+        table, label = self.table(part), (label,) if isinstance(label, str) else label
+        what = f"{self.name}, {part}, {', '.join(label)}"
+        found = [i for i, cells in enumerate(table.rows) if tuple(cells[: len(label)]) == label]
+        if not self.t.equal(len(found), 1, f"{what}: rows"):
+            return
+        table.seen.add(found[0])
+        cells = table.rows[found[0]][len(label) :]
+        printed = [number for cell in cells for number in NUMBER.findall(cell)]
+        ok = len(printed) == len(expected) and all(map(is_rounded, printed, expected))
+        self.t.check(ok, f"{what}: printed {printed}, computed {[float(f'{x:.7g}') for x in expected]}")
+        if commit:
+            self.t.check(commit in cells, f"{what}: commit {commit}, found {cells[-1]}")
+
+    def says(self, sentence):
+        self.t.check(sentence in self.words, f"{self.name} does not say: {sentence}")
+
+    def finish(self):
+        """Every row was computed or is known to have no data."""
+        for name, part, labels, _ in WITHOUT_DATA:
+            if name == self.name:
+                table = self.table(part)
+                rows = [i for i, cells in enumerate(table.rows) if labels is None or cells[0] in labels]
+                self.t.check(rows and not table.seen & set(rows), f"{name}, {part}: rows without data")
+                table.seen |= set(rows)
+        for table in self.tables:
+            missing = [cells[:3] for i, cells in enumerate(table.rows) if i not in table.seen]
+            self.t.check(not missing, f"{self.name}, '{table.head[:60]}': rows that were not recomputed: {missing}")
+
+
+def is_rounded(printed, value):
+    decimals = len(printed.partition(".")[2])
+    return abs(float(printed.replace(",", "")) - value) <= 0.5001 * 10**-decimals
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def span(values, form):
+    """'1.1 to 2.2'."""
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+# ---- training.md
+
+
+def training_row(run, over=None):
+    """Training loss, validation, tokens/s, of it how many times another's, percent skipped."""
+    row = [statistics.fmean(run["loss"][-20:]), run["validation"][-1][1], run["tokens_per_s"]]
+    row += [run["tokens_per_s"] / over["tokens_per_s"]] if over else []
+    return row + ([100 * statistics.fmean(run["pruned"][-20:])] if "pruned" in run else [])
+
+
+def apart(runs, steps):
+    """The largest difference between any two of the runs in a training loss of these steps."""
+    return max(max(losses) - min(losses) for losses in list(zip(*(run["loss"] for run in runs.values())))[steps])
+
+
+def curves_apart(a, b):
+    """The largest difference of the means of 20 steps in the second half."""
+    means = [[statistics.fmean(run["loss"][i : i + 20]) for i in range(0, len(run["loss"]) - 19, 20)] for run in (a, b)]
+    return max(abs(x - y) for x, y in list(zip(*means))[len(means[0]) // 2 :])
+
+
+def check_training(t):
+    page = Document(t, RESULTS / "training.md")
+    runs = read("quality_125m")["runs"]
+    for label, name, over in (
+        ("`off`", "off", None),
+        ("`paper`", "paper", "off"),
+        ("`tight`", "tight", "off"),
+        ("`paper`, seed 2", "paper@2", None),
+    ):
+        page.row("after 32 steps", label, training_row(runs[name], runs.get(over)))
+    page.row("after 32 steps", "Transformer (Pro)", training_row(runs["transformer"])[:-1])
+    t.equal(runs["paper"]["loss"], runs["off"]["loss"], "training.md: `paper` took the same path as `off`")
+    page.says(f"all {len(runs['off']['loss'])} losses are the same")
+    page.says(f"FoX is {runs['transformer']['validation'][-1][1] - runs['off']['validation'][-1][1]:.2f} below the Transformer")
+
+    runs = read("quality_125m_warmup128")["runs"]
+    for name in ("paper", "tight"):
+        page.row("after 128 steps", f"`{name}`", training_row(runs[name]))
+    validations = [abs(a - b) for (_, a), (_, b) in zip(runs["paper"]["validation"], runs["tight"]["validation"])]
+    page.says(f"validations on the way {max(validations):.3f} apart at most")
+
+    runs = read("training_125m")["runs"]
+    page.row("320 steps of 131,072", "official PyTorch program, ACP", training_row(runs["official"]))
+    for name in ("paper", "tight", "off"):
+        page.row("320 steps of 131,072", f"`{name}`", training_row(runs[name]))
+    largest = max(curves_apart(a, b) for a in runs.values() for b in runs.values())
+    official = max(curves_apart(runs["official"], run) for run in runs.values())
+    t.check(0.0036 < largest < 0.0037 and 0.0030 < official < 0.0031, f"training.md: curves apart by {largest}, {official}")
+    page.says("are at most 0.0037 apart, those of ours from the official one at most 0.0031")
+
+    runs = read("training_125m_high_rate")["runs"]
+    page.row("640 steps of 65,536", "official PyTorch program, ACP", training_row(runs["official"]))
+    label = "`paper` (same run of the machine as the official)"
+    page.row("640 steps of 65,536", label, training_row(runs["paper"], runs["official"]))
+    page.row("640 steps of 65,536", "`tight`", training_row(runs["tight"]))
+    near = apart(runs, slice(0, 23)) < 0.001 < apart(runs, slice(23, 24)) and apart(runs, slice(0, 40)) < 0.004
+    t.check(near, "training.md: 23 steps within 0.001, 40 within 0.004")
+    page.says("for 23 steps all three agree within 0.001, until step 40 within 0.004")
+    page.finish()
+
+
+# ---- ranks.md
+
+
+def check_ranks(t):
+    page, runs = Document(t, RESULTS / "ranks.md"), read("scaling_4gpu")["runs"]
+    alone = {(run["series"], run["model"]): run for run in runs if run["gpus"] == 1}
+    longer = []
+    for run in runs:
+        n, one = run["gpus"], alone[run["series"], run["model"]]
+        model, zero = run["model"].removeprefix("fox-pro-").replace("m", "M"), str(run["zero"]) if n > 1 else ""
+        row = [run["step_ms"], run["tokens_per_s"]]
+        if n > 1:
+            row += [
+                100 * run["tokens_per_s"] / n / one["tokens_per_s"],
+                run["exchange_ms"],
+                run["exposed_ms"],
+                run["sent_gb"],
+                run["bus_gb_per_s"],
+            ]
+        page.row("bus GB/s | memory", (run["series"], model, str(n), zero), [*row, run["memory_gib"]])
+        if n > 1 and model == "125M":
+            longer.append(run["step_ms"] - one["step_ms"] / (n if run["series"] == "strong" else 1))
+    page.says(f"At 125M a step takes {span(longer, '.0f')} ms more")
+    several = [run for run in runs if run["gpus"] > 1]
+    page.says(f"{span([100 - 100 * run['exposed_ms'] / run['exchange_ms'] for run in several], '.0f')}% of the exchange is hidden")
+    page.finish()
+
+
+# ---- gpu_h100.md
+
+
+def speeds_of(rows, weights="gates"):
+    """{(model, context, 'off' and so on, 'official off' and so on for the official program): row}."""
+    start = {"ours": "", "official": "official "}
+    rows = [row for row in rows if row["weights"].startswith(weights)]
+    return {(row["model"].removeprefix("fox-pro-"), row["context"], start[row["program"]] + row["acp"]): row for row in rows}
+
+
+def rate(row):
+    return row["tokens_per_s"]
+
+
+def against_official(rows, model, context):
+    """official, paper, ratio, tight, ratio."""
+    official, paper, tight = (rate(rows[model, context, mode]) for mode in ("official paper", "paper", "tight"))
+    return [official, paper, paper / official, tight, tight / official]
+
+
+def gain(rows, model, context, mode):
+    """Percent that pruning makes a step faster."""
+    return 100 * rate(rows[model, context, mode]) / rate(rows[model, context, "off"]) - 100
+
+
+def share(rows, model, context, modes=("off", "paper")):
+    return [100 * rows[model, context, mode]["attention_share"] for mode in modes]
+
+
+def saved(rows, model, context):
+    return [100 * rows[model, context, mode]["saved"] for mode in ("paper", "tight")]
+
+
+def check_whole_steps(page):
+    rows = speeds_of(read("throughput")["rows"])
+    for model in ("125m", "360m", "760m"):
+        for context in (4096, 8192, 16384):
+            official = (model, context, "official paper") in rows
+            row = against_official(rows, model, context) if official else [rate(rows[model, context, mode]) for mode in ("paper", "tight")]
+            row += [gain(rows, model, context, mode) for mode in ("paper", "tight")] + share(rows, model, context)
+            label = (model.replace("m", "M"), f"{context:,}")
+            page.row("`off` → `paper`, `tight` | attention", label, row + saved(rows, model, context))
+    page.says(f"{span([gain(rows, m, 16384, 'paper') for m in ('125m', '360m', '760m')], '.0f')}% at the same threshold")
+
+    speed = speeds_of(read("speed")["rows"])
+    contexts = {(model, context) for model, context, _ in speed}
+    for model, context in contexts:
+        page.row("model, context", f"{model.replace('m', 'M')}, {context:,}", against_official(speed, model, context))
+    page.says(f"{rate(speed['760m', 32768, 'off']):,.0f} against {rate(speed['760m', 32768, 'official off']):,.0f} tokens/s")
+
+    h200 = speeds_of(read("throughput_760m_h200")["rows"])
+    for context in (4096, 8192, 16384, 32768):
+        whole = ("760m", context, "off") in h200
+        official, *ours = against_official(h200, "760m", context)
+        row = [rate(h200["760m", context, "official off"]), official, rate(h200["760m", context, "off"])] if whole else [official]
+        page.row("context | official, `off`", f"{context:,}", row + ours + (share(h200, "760m", context) if whole else []))
+    milliseconds = h200["760m", 16384, "paper"]["step_ms"]
+    page.says(f"of a step of {milliseconds:.0f} ms at 16,384 (`paper`) attention is {share(h200, '760m', 16384)[1]:.0f}%")
+
+    trained = speeds_of(read("throughput")["rows"], "checkpoint")
+    for context in (4096, 8192, 16384):
+        row = [rate(trained["125m", context, "off"])]
+        for mode in ("paper", "tight"):
+            row += [rate(trained["125m", context, mode]), gain(trained, "125m", context, mode)]
+        page.row("context | `off`", f"{context:,}", row + share(trained, "125m", context) + saved(trained, "125m", context))
+    memory = [rows["760m", 16384, "off"]["memory_bytes"] / 1e9, speed["760m", 16384, "official paper"]["memory_bytes"] / 1e9]
+    page.says(f"T = 16,384, 32,768 tokens: {memory[0]:.1f} GB (the official program: {memory[1]:.1f} GB)")
+
+
+def check_attention(page):
+    labels = {
+        "4k": "D = 64, 4k × 4",
+        "8k": "D = 64, 8k × 2",
+        "16k": "D = 64, 16k",
+        "32k": "D = 64, 32k",
+        "64k": "D = 64, 64k",
+        "16k-d128": "D = 128, 16k",
+        "trained": "gates of a trained 125M, 16k",
+    }
+    ratios = {}
+    for shape in read("attention_peers")["shapes"]:
+        ms, kept, ratio = shape["ms"], shape["kept"], shape["ratios"]
+        row = [ms["official acp"]["both"]]
+        for mode in ("paper", "tight"):
+            row += [ms[f"ours {mode}"]["both"], 100 * kept[mode], ratio[f"official acp / ours {mode}"]]
+        row += [ms[who][way] for who in ("cudnn", "ours off") for way in ("forward", "backward")]
+        page.row("shape | official ACP", labels[shape["name"]], row)
+        ratios[shape["name"]] = ratio
+    shapes = {shape["name"]: shape["ratios"] for shape in read("attention_peers_h200")["shapes"]}
+    for mode in ("paper", "tight"):
+        found = [f"{shapes[name][f'official acp / ours {mode}']:.2f}" for name in labels]
+        text = ", ".join(found[:5])
+        page.says(
+            f"`paper` {text} at 4k to 64k, {found[5]} at D = 128, {found[6]} on trained gates"
+            if mode == "paper"
+            else f"{text}, {found[5]} and {found[6]}"
+        )
+    spread = [ratio for name, ratio in ratios.items() if name != "trained"]
+    return [[ratio[f"official acp / ours {mode}"] for ratio in spread] for mode in ("paper", "tight")], ratios["trained"]
+
+
+def check_profile(page):
+    profile = read("profile_125m_16384")["profiles"]["paper"]
+    ms = {name: group["ms"] for name, group in profile["groups"].items()}
+    ms["nothing runs"] = profile["idle_ms"]
+    attention = ["attention forward", "attention dQ", "attention dK, dV", "attention ranges, sums"]
+    small = ["AdamW", "gradient norm", "embedding", "copies, fills"]
+    for label, names, each in (
+        ("matrix products", ["matrix products"], False),
+        ("attention: forward, dQ, dK and dV, ranges and sums", attention, True),
+        ("norms", ["norms"], False),
+        ("shift, QK-norm, gates", ["shift, QK-norm, gates"], False),
+        ("SwiGLU", ["SwiGLU"], False),
+        ("cross entropy", ["cross entropy"], False),
+        ("AdamW, gradient norm, embedding, copies", small, False),
+        ("nothing runs", ["nothing runs"], False),
+    ):
+        parts = [ms.pop(name) for name in names]
+        page.row(" | ms | share", label, [*(parts if each else [sum(parts)]), 100 * sum(parts) / profile["step_ms"]])
+    page.t.check(not ms, f"profile: groups that no row has: {list(ms)}")
+    page.says(f"{100 * profile['pruned']:.0f}% of the blocks skipped, {profile['step_ms']:.1f} ms a step under the profiler")
+
+
+def check_layers(page):
+    layers = read("layers")
+    kernels = {kernel["name"]: kernel for kernel in layers["kernels"]}
+    for label, names in (
+        ("residual + norm, forward / backward", ("residual + norm forward", "norm backward")),
+        ("token shift + QK-norm + gate, forward / backward", ("qkv forward", "qkv backward")),
+        ("output norm × gate, forward / backward", ("output gate forward", "output gate backward")),
+        ("SwiGLU, forward / backward", ("swiglu forward", "swiglu backward")),
+        ("cross entropy with gradient, 4096 rows", ("cross entropy, 4096 rows",)),
+        ("embedding, forward / backward", ("embedding forward", "embedding backward")),
+        ("gradient norm, AdamW, 760M parameters", ("gradient norm, 760M", "AdamW, 760M")),
+    ):
+        found = [kernels[name] for name in names]
+        page.row(
+            "GB/s | of the copy", label, [k["us"] for k in found] + [k["gb_per_s"] for k in found] + [100 * k["of_copy"] for k in found]
+        )
+    page.says(f"moves {layers['copy_gb_per_s']:,.0f} GB/s, a matrix product of 8192³ makes {layers['matmul_tflop_per_s']:.0f} TFLOP/s")
+    products = [k["tflop_per_s"] for k in layers["kernels"] if "tflop_per_s" in k and k["name"] != "product, 8192^3"]
+    page.says(f"The matrix products of a step of 760M run at {span(products, '.0f')} TFLOP/s")
+
+
+def check_gpu(t):
+    page = Document(t, RESULTS / "gpu_h100.md")
+    check_whole_steps(page)
+    ratios = check_attention(page)
+    check_profile(page)
+    check_layers(page)
+    run = read("deterministic_125m")
+    speed = run["tokens_per_s"]
+    t.check(len({run["hashes"][which] for which in ("first", "second", "resumed")}) == 1, "deterministic: the same hash")
+    page.says(
+        f"It takes {100 * run['cost']:.1f}% more time ({speed['first'] / 1e3:.0f} against {speed['plain'] / 1e3:.0f} thousand tokens/s)"
+    )
+    checked = read("check_attention")
+    worst = {}
+    for entry in checked["worst"]:
+        worst[entry["quantity"]] = max(worst.get(entry["quantity"], 0), entry["ratio"])
+    page.says(f"{checked['passed']:,} passed, {checked['failed']} failed")
+    most = max(worst[name] for name in ("o", "dq", "dv"))
+    t.check(worst["dlog_f"] < 0.11, f"check_attention: d log f {worst['dlog_f']}")
+    page.says(f"errors of o, dq, dv at most {most:.2f} times the official kernel's, of dk {worst['dk']:.2f}, of d log f 0.11")
+    page.finish()
+    return ratios
+
+
+# ---- README.md
+
+
+def check_readme(t, ratios):
+    page = Document(t, ROOT / "README.md", "## Measured")
+    for name, cases in (
+        ("throughput", (("125m", 4096), ("360m", 4096))),
+        ("speed", (("125m", 16384), ("125m", 65536), ("360m", 16384), ("760m", 4096), ("760m", 16384), ("760m", 32768))),
+    ):
+        rows = speeds_of(read(name)["rows"])
+        for model, context in cases:
+            label = f"{model.replace('m', 'M')}, T = {context:,}"
+            page.row("FoX (Pro) | official", label, against_official(rows, model, context), rows[model, context, "paper"]["commit"])
+    (paper, tight), trained = ratios
+    page.says(f"is {span(paper, '.1f')} times as fast as the official kernel at the same threshold")
+    page.says(
+        f"({trained['official acp / ours paper']:.1f} times on the gates of a trained model), {span(tight, '.1f')} times with `tight`"
+    )
+
+    runs = read("quality_125m")["runs"]
+    for label, name in (
+        ("`off`", "off"),
+        ("`paper`", "paper"),
+        ("`tight`", "tight"),
+        ("`paper`, another seed", "paper@2"),
+        ("Transformer (Pro)", "transformer"),
+    ):
+        page.row("125M, 100M tokens", label, [runs[name]["tokens_per_s"], runs[name]["validation"][-1][1]])
+    longer = [run["validation"][-1][1] for run in read("quality_125m_warmup128")["runs"].values()]
+    page.says(f"`paper` and `tight` end at {longer[0]:.4f} and {longer[1]:.4f}")
+    weak = [run for run in read("scaling_4gpu")["runs"] if run["series"] == "weak"]
+    two, four = ([100 * run["ratio_to_one_gpu"] for run in weak if run["gpus"] == n] for n in (2, 4))
+    page.says(f"Two H100 train at {span(two, '.1f')}%, four at {span(four, '.1f')}%")
+    page.finish()
+
+
+def main():
+    t = Checks()
+    check_training(t)
+    check_ranks(t)
+    check_readme(t, check_gpu(t))
+    Document(t, RESULTS / "cpu.md").finish()
+    t.finish()
+
+
+if __name__ == "__main__":
+    main()
