@@ -8,10 +8,12 @@ Ends with "N passed, N failed".
 """
 
 import argparse
+import gzip
 import json
 import pathlib
 import shutil
 import sys
+import tarfile
 import tempfile
 import types
 
@@ -19,7 +21,8 @@ import numpy as np
 from checks import Checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "dev"))
+sys.path[1:1] = [str(ROOT / "dev"), str(ROOT / "scripts")]
+import data_debian  # noqa: E402
 from official import options  # noqa: E402
 from train_official import Plan  # noqa: E402
 
@@ -268,6 +271,99 @@ def check_text(t, folder):
     t.fails(["bash", ROOT / "scripts" / "data_text.sh", text, "--vocab", folder / "none"], "not there", "no vocabulary")
 
 
+def check_debian_text(t):
+    """scripts/data_debian.py: pages and long texts to documents."""
+    page = """<html><head><title>no</title><style>p {}</style></head><body><nav><a>menu</a></nav>
+        <h1>A heading&para;</h1><p>One   line
+        &amp; more <b>of it</b>.</p><script>if (a < b) no();</script>
+        <table><tr><td>x</td><td>y</td></tr></table><pre>  as
+  it   stands</pre><ul><li>first<li>second</ul><footer>no</footer></body></html>"""
+    text = data_debian.page_text(page)
+    t.equal(
+        [line.strip() for line in text.splitlines() if line.strip()],
+        ["A heading", "One line & more of it.", "x  y", "as", "it   stands", "first", "second"],
+        "page_text: lines",
+    )
+    t.check("  as\n  it   stands\n" in text, f"page_text: <pre> as it stands: {text!r}")
+    t.check("\n\n\n" not in text and text[-1] == "\n" and text[-2] != "\n" and text[0] == "A", f"page_text: blank lines: {text!r}")
+    t.equal(data_debian.page_text(""), "\n", "page_text of nothing")
+
+    pages = [f"Contents | Index\n\n\ntext {i}\n}}\n" for i in range(18)]
+    t.equal(
+        data_debian.without_furniture(pages),
+        [f"text {i}\n}}\n" for i in range(18)],
+        "without_furniture: lines of many pages go, those of a letter or two stay",
+    )
+    t.equal(
+        data_debian.without_furniture(pages[:8]), [page.replace("\n\n\n", "\n\n") for page in pages[:8]], "without_furniture: few pages"
+    )
+    many = ["rare\n" * (i < 9) + f"text {i}\n" for i in range(1000)]
+    t.equal(data_debian.without_furniture(many), many, "without_furniture: a line of fewer than a fiftieth of the pages stays")
+
+    lines = [f"line {i} " + "x" * (i % 90) for i in range(5000)]
+    parts = list(data_debian.parts_of("\n".join(lines)))
+    t.equal("".join(parts).splitlines(), lines, "parts_of: every line once, in order")
+    sizes, longest = [len(part) for part in parts], max(map(len, lines)) + 1
+    least, most = data_debian.PART_BYTES, data_debian.PART_BYTES + longest
+    t.check(len(parts) > 2 and all(least <= size <= most for size in sizes[:-1]) and sizes[-1] <= most, f"parts_of: sizes {sizes}")
+    t.equal(list(data_debian.parts_of("short")), ["short\n"], "parts_of a short text")
+
+    t.check(data_debian.is_english("what is the sum of the parts"), "is_english")
+    for other in ("was ist die Summe der Teile", "over the über die schöne größere Straße fährt", "x" * 2000 + " the "):
+        t.check(not data_debian.is_english(other), f"is_english: {other[:40]}")
+
+
+def check_debian_choice(t):
+    """Each text once, in the order of hashes, none too short or too long, up to a limit that later ones may still fit under."""
+    texts = [f"{i} " * 300 for i in range(40)]
+    order = sorted(texts, key=data_debian.digest)
+    chosen = data_debian.choose(texts + texts[:7] + ["short", "x" * (data_debian.LARGEST + 1)], 1e9)
+    t.equal(list(chosen.values()), order, "choose: order, and each text once")
+    t.equal(list(chosen), [data_debian.digest(text) for text in order], "choose: names")
+    size = sum(map(len, texts))
+    t.equal(len(data_debian.choose(texts + texts, size)), len(texts), "choose: a text that is there twice takes its place once")
+    few = data_debian.choose(reversed(texts), 6000)
+    t.check(4000 < sum(map(len, few.values())) <= 6000, f"choose: {sum(map(len, few.values()))} of 6000 bytes")
+    t.equal(list(few.values())[:6], order[:6], "choose: the first ones, whatever order they come in")
+    large = max(order[:3], key=len) + "y" * 5000
+    t.check(large not in data_debian.choose([*texts, large], 3000).values(), "choose: what does not fit is left out")
+    t.equal(data_debian.choose([], 1e9), {}, "choose of nothing")
+
+
+def check_debian_package(t, folder):
+    """An unpacked package: its documents, not its changelogs; sources instead of the pages made of them. A kernel's archive."""
+    package = folder / "package"
+    (package / "doc").mkdir(parents=True)
+    prose = "what the program does with the text of the file\n"
+    (package / "doc" / "page.html").write_text(f"<body><p>page: {prose}</p></body>")
+    (package / "doc" / "deutsch.html").write_text("<body><p>was das Programm mit dem Text macht</p></body>")
+    (package / "doc" / "changelog.html").write_text(f"<body>changelog: {prose}</body>")
+    (package / "doc" / "copyright").write_text(prose)
+    (package / "doc" / "program").write_text(prose)
+    t.equal(sorted(data_debian.prose_of(package, 1e6)), [f"page: {prose}"], "prose_of: pages")
+    (package / "doc" / "page.txt.gz").write_bytes(gzip.compress(f"source: {prose}".encode().replace(b"\n", b"\r\n")))
+    (package / "doc" / "words.dict.dz").write_bytes(gzip.compress(f"words: {prose}".encode()))
+    (package / "doc" / "link.md").symlink_to("program")
+    t.equal(sorted(data_debian.prose_of(package, 1e6)), [f"source: {prose}", f"words: {prose}\n"], "prose_of: sources instead of pages")
+
+    kernel, source = folder / "kernel", folder / "linux-source-6.1"
+    big = "int x;\n" * 100
+    for name, text in {
+        "Documentation/a.rst": prose * 20,
+        "Documentation/translations/b.rst": prose * 20,
+        "Documentation/c.png": big,
+        "kernel/d.c": big,
+        "kernel/e.h": big,
+        "kernel/f.c": "int x;\n",
+    }.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    kernel.mkdir()
+    with tarfile.open(kernel / "linux-source-6.1.tar.xz", "w:xz") as tar:
+        tar.add(source, arcname=source.name)
+    t.equal(data_debian.kernel_of(kernel), ([prose * 20], [big]), "kernel_of: documentation, code")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=pathlib.Path, metavar="DIR", help="clone of the official repository")
@@ -277,6 +373,9 @@ def main():
         folder = pathlib.Path(scratch)
         check_fineweb(t, folder)
         check_text(t, folder)
+        check_debian_text(t)
+        check_debian_choice(t)
+        check_debian_package(t, folder)
         source, data = check_order(t, folder)
         check_chunk_rows(t, folder)
         if args.official:
