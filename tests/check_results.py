@@ -24,7 +24,7 @@ WITHOUT_DATA = (
     ("training.md", "after 32 steps", ("`tight`, the same at 92a9a19", "`paper`, seed 2, the same at 92a9a19"), "only b133696 was kept"),
     ("ranks.md", "all-reduce", None, "nccl_bandwidth prints a table and writes no file"),
     ("cpu.md", "context × sequences", None, "make bench prints a table and writes no file"),
-    ("cpu.md", "normaliser known", None, "printed by ./test_fox --only acp"),
+    ("cpu.md", "heads | `paper` | `tight`", None, "printed by ./test_fox --only acp"),
     ("cpu.md", "tiktoken", None, "printed by dev/check_tokenizer.py"),
     ("cpu.md", "gradient norm differs", None, "printed by dev/parity_official.py"),
 )
