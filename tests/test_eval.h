@@ -255,6 +255,25 @@ static void eval_test_ranges(Tests *t, const RunFixture *f) {
     free(pruning);
 }
 
+/* One window on two ranks: rank 0, which writes, has none, and so no ranges to tell of; the loss is that of one rank. */
+static void eval_test_no_window(Tests *t, const RunFixture *f) {
+    char alone[4096], command[8192], *script = realpath("scripts/launch.sh", NULL);
+    run_command(f, "rm -rf elsewhere");
+    snprintf(alone, sizeof alone, "%s -j long_val.bin -o elsewhere -e evaluated/step_00000020 -T 640 --eval --device cpu", f->program);
+    run_expect(t, f, "--eval of one window on one rank", run_command(f, alone), 0);
+    char *one = eval_record(f, "elsewhere/eval.jsonl", "validation", 0);
+    run_command(f, "rm -rf elsewhere");
+    snprintf(command, sizeof command, "%s 2 %s", script, alone);
+    run_expect(t, f, "--eval of one window on two ranks", run_command(f, command), 0);
+    char *two = eval_record(f, "elsewhere/eval.jsonl", "validation", 0), *ranges = eval_record(f, "elsewhere/eval.jsonl", "ranges", 0);
+    check(t, one[0] != '\0' && strcmp(one, two) == 0, "eval of one window: on one rank '%s', on two '%s'", one, two);
+    check(t, ranges[0] == '\0', "eval: ranges of a rank without a window: %s", ranges);
+    free(one);
+    free(two);
+    free(ranges);
+    free(script);
+}
+
 static void eval_test_bad(Tests *t, const RunFixture *f) {
     static const struct {
         const char *what, *arguments, *expected;
@@ -330,6 +349,7 @@ static void test_eval(Tests *t) {
     eval_test_runs(t, &f);
     eval_test_ranks(t, &f);
     eval_test_ranges(t, &f);
+    eval_test_no_window(t, &f);
     eval_test_bad(t, &f);
     eval_test_order(t, &f);
 }
