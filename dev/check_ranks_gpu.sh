@@ -58,36 +58,41 @@ guard() {
     return $code
 }
 
-# train GPUS OUT MODEL OPTIONS...: its output goes to build/ranks/OUT.log
+# train GPUS OUT MODEL OPTIONS...: its output goes to build/ranks/OUT.log. That it ends with 0 is a verdict of its own.
 train() {
     local gpus=$1 out=$2 model=$3 code
     shift 3
     launch "$gpus" ./train_fox -i $dir/data -o "$dir/$out" -e "$model" "$@" >"$dir/$out.log" 2>&1 &
     guard "${LIMIT:-150}" $!
     code=$?
-    [ $code = 0 ] || { echo "$out on $gpus GPUs: code $code; $(tail -n 2 "$dir/$out.log")"; }
+    verdict $((! code)) "$out on $gpus GPUs ends with code $code$([ $code = 0 ] || echo "; $(tail -n 2 "$dir/$out.log")")"
     return $code
 }
 
-# Largest difference of a key between two runs, over the steps both have; "none" where they have none.
-difference() { # KIND KEY A B
+# Largest difference of a key between two runs. Each must have COUNT records with a value, of as many steps, the same in both, or
+# there is none: a run that ended early would agree with any other as far as it came.
+difference() { # KIND KEY A B COUNT
+    local file
     for file in "$3" "$4"; do
-        grep "\"kind\": \"$1\"" "$dir/$file/metrics.jsonl" | sed "s/.*\"step\": \([0-9]*\).*\"$2\": \([-0-9.e]*\).*/\1 \2/" >"$dir/$file.$1"
+        grep "\"kind\": \"$1\"" "$dir/$file/metrics.jsonl" |
+            sed -n "s/.*\"step\": \([0-9][0-9]*\),.*\"$2\": \([-+0-9.e]*[0-9]\)[,}].*/\1 \2/p" >"$dir/$file.$1"
     done
-    awk 'NR == FNR { a[$1] = $2; next } $1 in a { d = a[$1] == "" || $2 == "" ? 1e9 : a[$1] - $2; d = d < 0 ? -d : d; if (d > worst) worst = d
-        seen++ }
-        END { print seen ? worst + 0 : "none" }' "$dir/$3.$1" "$dir/$4.$1"
+    awk -v count="$5" 'FILENAME == ARGV[1] { first++; a[$1] = $2; next }
+        { second++; if (!($1 in a) || $1 in seen) next
+        seen[$1]; both++; d = a[$1] - $2; d = d < 0 ? -d : d; if (d > worst) worst = d }
+        END { if (first == count && second == count && both == count) print worst + 0
+        else printf "none: %d and %d records, %d steps in both, expected %d\n", first, second, both, count }' "$dir/$3.$1" "$dir/$4.$1"
 }
 
 within() { # VALUE BOUND
-    awk -v v="$1" -v b="$2" 'BEGIN { print (v != "none" && v <= b) ? 1 : 0 }'
+    awk -v v="$1" -v b="$2" 'BEGIN { print (v ~ /^[0-9][-+0-9.e]*$/ && v + 0 <= b + 0) ? 1 : 0 }'
 }
 
-# compare A B BOUND: losses and validations of two runs
+# compare A B STEPS VALIDATIONS BOUND: losses and validations of two runs
 compare() {
-    local loss val bound=${3:-2e-3}
-    loss=$(difference step loss "$1" "$2")
-    val=$(difference validation loss "$1" "$2")
+    local loss val bound=${5:-2e-3}
+    loss=$(difference step loss "$1" "$2" "$3")
+    val=$(difference validation loss "$1" "$2" "$4")
     verdict "$(within "$loss" "$bound")" "$1 against $2: losses within $loss ($bound)"
     bound=$(awk -v b="$bound" 'BEGIN { print b / 2 }')
     verdict "$(within "$val" "$bound")" "$1 against $2: validations within $val ($bound)"
@@ -108,34 +113,35 @@ part_tests() {
 
 part_curves() {
     local steps=${STEPS:-100}
-    local recipe="$small $warm_up -x $steps -v $((steps / 2)) -n -1"
+    local every=$(((steps + 1) / 2))
+    local recipe="$small $warm_up -x $steps -v $every -n -1" validations=$(((steps + every - 1) / every)) run
     rm -rf $dir/one $dir/many* $dir/halves
     train 1 one fox-pro-125m $recipe
     train "$n" many_z1 fox-pro-125m $recipe -z 1
     train "$n" many_z0 fox-pro-125m $recipe -z 0
     train "$n" many_bf16 fox-pro-125m $recipe -z 1 --grad-dtype bf16
     train 1 halves fox-pro-125m $recipe -b 2
-    echo "        one GPU with micro-batches of 2 for 4: losses within $(difference step loss one halves)"
+    echo "        one GPU with micro-batches of 2 for 4: losses within $(difference step loss one halves "$steps")"
     for run in many_z1 many_z0 many_bf16; do
-        compare one $run "$([ $run = many_bf16 ] && echo 1e-2 || echo 2e-3)"
+        compare one $run "$steps" "$validations" "$([ $run = many_bf16 ] && echo 1e-2 || echo 2e-3)"
         echo "        $run: median ms, tokens/s, exchange ms, exposed ms, GB, bus GB/s, GiB, pruned: $(step_medians $dir/$run/metrics.jsonl 3)"
     done
     echo "        one: $(step_medians $dir/one/metrics.jsonl 3)"
 }
 
 part_reshard() {
-    local counts="1 $n 1" end=0
+    local counts="1 $n 1" end=0 gpus step
     [ "$n" -le 2 ] || counts="$n $((n / 2)) 1"
     rm -rf $dir/straight $dir/reshard
     train 1 straight fox-pro-125m $small $warm_up -x 60 -v 20 -n -1
     for gpus in $counts; do
         end=$((end + 20))
-        train "$gpus" reshard fox-pro-125m $small $warm_up -x 60 -v 20 -n 20 -y || true
+        train "$gpus" reshard fox-pro-125m $small $warm_up -x 60 -v 20 -n 20 -y
         for step in 40 60; do # the schedule is of 60 steps: drop what came too early
             [ $step -le $end ] || rm -rf $dir/reshard/step_000000$step
         done
     done
-    compare straight reshard
+    compare straight reshard 60 3
     verdict "$(grep -c '"kind": "run"' $dir/reshard/metrics.jsonl | grep -cx 3)" "three starts, on $counts GPUs"
 }
 
@@ -173,7 +179,7 @@ lose() {
     local newest
     newest=$(find $dir/lost -name 'step_*' | sed 's/.*step_0*//' | sort -n | tail -n 1)
     train "$n" lost fox-pro-125m $small -x $((newest + 3)) -n -1 -v 0 -y
-    verdict $((! $?)) "goes on from step $newest"
+    verdict "$(grep -c "^resumes .*step_0*$newest at step $newest\$" $dir/lost.log)" "goes on from step $newest"
 }
 
 part_loss() {
