@@ -214,6 +214,8 @@ enum { RUN_MAX_STEPS = 512 };
 typedef struct RunLog {
     int count[RUN_MAX_STEPS];       /* lines of each step */
     double loss[RUN_MAX_STEPS], grad_norm[RUN_MAX_STEPS];
+    double validation[RUN_MAX_STEPS]; /* 0: none after this step */
+    double tokens[RUN_MAX_STEPS], tokens_per_s[RUN_MAX_STEPS], step_ms[RUN_MAX_STEPS];
     int last;                       /* largest step */
     int starts, checkpoints;        /* "run" lines; "checkpoint" lines */
 } RunLog;
@@ -243,7 +245,12 @@ static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
             log->count[s]++;
             log->loss[s] = run_number(document.root, "loss");
             log->grad_norm[s] = run_number(document.root, "grad_norm");
+            log->tokens[s] = run_number(document.root, "tokens");
+            log->tokens_per_s[s] = run_number(document.root, "tokens_per_s");
+            log->step_ms[s] = run_number(document.root, "step_ms");
             log->last = s > log->last ? s : log->last;
+        } else if (step != NULL && strcmp(name_of_kind, "validation") == 0 && step->integer > 0 && step->integer < RUN_MAX_STEPS) {
+            log->validation[step->integer] = run_number(document.root, "loss");
         }
         log->starts += strcmp(name_of_kind, "run") == 0;
         log->checkpoints += strcmp(name_of_kind, "checkpoint") == 0;
@@ -252,24 +259,31 @@ static void run_read_log(const RunFixture *f, const char *out, RunLog *log) {
     free(text);
 }
 
-/* Every step once, with the same loss to `tolerance` and gradient norm to a hundred times that (of values of
- * 1 to 3: Adam divides by it, so its rounding errors grow fastest); 0: the same bits. */
-static void run_compare_logs(Tests *t, const char *what, const RunLog *a, const RunLog *b, int steps,
-                             double tolerance) {
+/* Every step once; losses, of validations too, differ by loss_tolerance at most, gradient norms by norm_tolerance times their
+ * size. A run that was resumed may have more validations: of those both have, the last step's among them. */
+static void run_compare_rounded(Tests *t, const char *what, const RunLog *a, const RunLog *b, int steps, double loss_tolerance,
+                                double norm_tolerance) {
     double loss = 0, norm = 0;
     bool once = true;
     for (int s = 1; s <= steps; s++) {
         once = once && a->count[s] == 1 && b->count[s] == 1;
-        double d = fabs(a->loss[s] - b->loss[s]), n = fabs(a->grad_norm[s] - b->grad_norm[s]);
-        loss = worse(loss, d);
+        double d = fabs(a->loss[s] - b->loss[s]), n = fabs(a->grad_norm[s] - b->grad_norm[s]) / fabs(a->grad_norm[s]);
+        double v = a->validation[s] != 0 && b->validation[s] != 0 ? fabs(a->validation[s] - b->validation[s]) : 0;
+        loss = worse(loss, worse(d, v));
         norm = worse(norm, n);
     }
     check(t, once && a->last == steps && b->last == steps, "%s: steps 1 to %d, each once", what, steps);
-    check(t, loss <= tolerance && norm <= 100 * tolerance,
-          "%s: loss differs by %.3g, allowed %.3g, gradient norm by %.3g", what, loss, tolerance, norm);
-    if (tolerance > 0) {
-        printf("runs: %s: losses differ by %.2g at most\n", what, loss);
+    check(t, (a->validation[steps] != 0) == (b->validation[steps] != 0), "%s: both or neither end with a validation", what);
+    check(t, loss <= loss_tolerance, "%s: loss differs by %.3g, allowed %.3g", what, loss, loss_tolerance);
+    check(t, norm <= norm_tolerance, "%s: gradient norm differs by %.3g of it, allowed %.3g", what, norm, norm_tolerance);
+    if (loss_tolerance > 0) {
+        printf("runs: %s: losses differ by %.2g at most, gradient norms by %.2g of them\n", what, loss, norm);
     }
+}
+
+/* The same with one bound for both; 0: the same bits. */
+static void run_compare_logs(Tests *t, const char *what, const RunLog *a, const RunLog *b, int steps, double tolerance) {
+    run_compare_rounded(t, what, a, b, steps, tolerance, tolerance);
 }
 
 static void run_remove(const RunFixture *f, const char *out) {
@@ -320,6 +334,41 @@ static void test_run_resume(Tests *t, const RunFixture *f, const char *batch) {
     text = run_output(f, "stdout");
     check(t, strstr(text, "changed   steps: 21, was 20\n") != NULL && strstr(text, "changed   lr: 0.0625, was ") != NULL, "changed settings are said, found %s", text);
     free(text);
+}
+
+/* ---- speed */
+
+/* The records of the steps of a run that took `wall` seconds from its start to its end, and computed nearly all of them. */
+static void run_check_speed(Tests *t, const char *what, const RunLog *log, int steps, int batch_tokens, double wall) {
+    double sum = 0, worst = 0;
+    bool counted = log->last == steps;
+    for (int s = 1; s <= steps; s++) {
+        double ms = log->step_ms[s], rate = log->tokens_per_s[s];
+        double rounding = 0.05 * ms / 1e3 + rate * 0.0005 / 1e3; // tokens_per_s to a tenth, step_ms to a microsecond
+        double off = fabs(rate * ms / 1e3 - batch_tokens) / (1.01 * rounding + 1e-6 * batch_tokens);
+        worst = off <= worst ? worst : off;
+        counted = counted && log->count[s] == 1 && log->tokens[s] == (double)batch_tokens * s;
+        sum += ms / 1e3;
+    }
+    check(t, counted, "%s: %d steps, after each as many tokens as were trained on", what, steps);
+    check(t, worst <= 1, "%s: tokens_per_s * step_ms is off the tokens of a step by %.3g of what rounding may do", what, worst);
+    check(t, sum >= 0.3 * wall && sum <= wall, "%s: the steps took %.3f s of the %.3f s of the run", what, sum, wall);
+    printf("runs: %s: the steps took %.0f%% of the run's %.1f s\n", what, 100 * sum / wall, wall);
+}
+
+enum { RUN_SPEED_STEPS = 60, RUN_SPEED_TOKENS = 1024 };
+#define RUN_SPEED_OPTIONS "-x 60 -n -1 -v 0 -b 1 -d 1024" /* of many micro-batches, of which a clock could miss all but one */
+
+static void test_run_speed(Tests *t, const RunFixture *f) {
+    char command[4096];
+    RunLog log;
+    run_train_command(f, "speed", RUN_SPEED_OPTIONS, command);
+    double start = fox_now();
+    run_expect(t, f, "a run that is timed", run_command(f, command), 0);
+    double wall = fox_now() - start;
+    run_read_log(f, "speed", &log);
+    run_check_speed(t, "one process", &log, RUN_SPEED_STEPS, RUN_SPEED_TOKENS, wall);
+    run_remove(f, "speed");
 }
 
 /* ---- signals */
@@ -894,6 +943,7 @@ static void test_runs(Tests *t) {
     }
     test_run_resume(t, &f, "-b 4");
     test_run_resume(t, &f, "-b 1"); // four micro-batches a step
+    test_run_speed(t, &f);
     test_run_kill(t, &f);
     test_run_stop(t, &f, SIGTERM);
     test_run_stop(t, &f, SIGINT);
