@@ -179,15 +179,18 @@ static int ranks_environment(pid_t process, const char *name) {
     return -1;
 }
 
-static pid_t ranks_parent(pid_t process) {
-    char path[64], line[512];
+/* The parent of a process; -1 where there is no such process. state: its letter (Z: it has ended), NULL: not wanted. */
+static pid_t ranks_parent(pid_t process, char *state) {
+    char path[64], line[512], letter;
     int parent = -1;
     snprintf(path, sizeof path, "/proc/%d/stat", (int)process);
     FILE *file = fopen(path, "r");
     if (file != NULL) {
         const char *end = fgets(line, sizeof line, file) != NULL ? strrchr(line, ')') : NULL;
-        if (end == NULL || sscanf(end + 1, " %*c %d", &parent) != 1) {
+        if (end == NULL || sscanf(end + 1, " %c %d", &letter, &parent) != 2) {
             parent = -1;
+        } else if (state != NULL) {
+            *state = letter;
         }
         fclose(file);
     }
@@ -200,7 +203,7 @@ static bool ranks_find(pid_t launcher, int count, pid_t processes[RANKS_MAX]) {
     DIR *dir = opendir("/proc");
     for (struct dirent *item; dir != NULL && (item = readdir(dir)) != NULL;) {
         pid_t process = (pid_t)atoi(item->d_name);
-        if (process <= 0 || ranks_parent(process) != launcher) {
+        if (process <= 0 || ranks_parent(process, NULL) != launcher) {
             continue;
         }
         int rank = ranks_environment(process, "RANK");
@@ -252,6 +255,24 @@ static void ranks_check_gone(Tests *t, const char *what, const pid_t *processes,
     }
 }
 
+/* Seconds from `start` until all ranks but `except` have ended; more than `limit` when they have not by then, which is before
+ * scripts/launch.sh kills what is left. (mpirun kills at once.) */
+static double ranks_await_end(const pid_t *processes, int count, int except, double start, double limit) {
+    double now;
+    int left;
+    do {
+        run_sleep(0.02);
+        left = 0;
+        for (int r = 0; r < count; r++) {
+            char state = 'Z';
+            left += r != except && ranks_parent(processes[r], &state) > 0 && state != 'Z' && state != 'X';
+        }
+        now = fox_now();
+    } while (left > 0 && now - start <= limit);
+    return now - start;
+}
+
+enum { RANKS_PATIENCE = 3 };                                    /* seconds; scripts/launch.sh kills 10 s after the first end */
 #define RANKS_LONG "-x 400 -n 4 -b 1 -l 1e-3 --hang-timeout 3" /* of steps that take some milliseconds */
 
 /* Goes on from what a lost run left, to its end: nothing is missing. hash: NULL where two runs may differ. */
@@ -307,6 +328,7 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     static const char *const names[] = {"killed", "stopped", "hung"};
     pid_t processes[RANKS_MAX] = {0};
     char what[100], name[32], dir[600], path[1024];
+    RunLog log;
     FoxError err = {{0}};
     snprintf(what, sizeof what, "rank %d of %d %s (%s)", victim, f->ranks, names[loss], ranks_launcher(launcher));
     snprintf(name, sizeof name, "error: rank %d (", victim);
@@ -326,6 +348,13 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     if (loss != LOSS_HANG) {
         kill(processes[victim], loss == LOSS_KILL ? SIGKILL : SIGSTOP);
     }
+    run_read_log(&f->run, "lost", &log);
+    double patience = RANKS_PATIENCE + (f->run.gpu ? 8 : 5), limit = loss == LOSS_KILL ? 8 : patience; // a GPU takes its time to end
+    for (int step = 1; hang && step <= log.last; step++) { // a busy machine has long steps, and four times that is no hang
+        limit = fmax(limit, patience + 4e-3 * log.step_ms[step]);
+    }
+    double alone = ranks_await_end(processes, f->ranks, hang ? -1 : victim, start, limit);
+    check(t, alone <= limit, "%s: the others have not ended by themselves within %.1f s", what, limit);
     int code = run_wait(child);
     double seconds = fox_now() - start;
     char *text = run_output(&f->run, "stderr");
@@ -335,7 +364,7 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     free(text);
     ranks_check_gone(t, what, processes, f->ranks);
     check(t, checkpoint_latest(dir, path, &err), "%s: the last checkpoint is whole, found %s %s", what, path, err.text);
-    printf("ranks: %s: all ended after %.1f s\n", what, seconds);
+    printf("ranks: %s: the others ended after %.1f s, all after %.1f s\n", what, alone, seconds);
     ranks_check_rest(t, f, what, hash);
 }
 
@@ -344,10 +373,11 @@ static void test_ranks_loss(Tests *t, const RankFixture *f, const char *hash) {
     ranks_lose(t, f, 0, 2, LOSS_KILL, hash);
     ranks_lose(t, f, other, 2, LOSS_STOP, hash);
     if (!t->quick) {
+        ranks_lose(t, f, 0, 0, LOSS_KILL, hash); // mpirun would end the others itself
         ranks_lose(t, f, other, 0, LOSS_KILL, hash);
         ranks_lose(t, f, other, 0, LOSS_STOP, hash);
         ranks_lose(t, f, 0, 1, LOSS_STOP, hash);
-        ranks_lose(t, f, other, 3, LOSS_HANG, hash);
+        ranks_lose(t, f, 0, 3, LOSS_HANG, hash);
         ranks_lose(t, f, other, 0, LOSS_HANG, hash);
     }
 }
