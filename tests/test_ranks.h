@@ -5,6 +5,7 @@
 #define FOX_TEST_RANKS_H
 
 #include "../train/partition.h"
+#include "../train/ranks.h"
 #include "test_runs.h"
 
 #include <arpa/inet.h>
@@ -77,6 +78,113 @@ static void test_ranks_partition(Tests *t) {
         }
         free(local);
         check(t, ok && next == total, "partition of %lld floats among %d ranks", (long long)total, ranks);
+    }
+}
+
+/* ---- the watch */
+
+/* What the main thread of one of two ranks does, while the other waits for it at a barrier; its watch has `patience` seconds. */
+typedef struct WatchCase {
+    const char *what;
+    int rank;       /* that does it */
+    double pause;   /* first so many seconds of work, or of rest, before patience begins */
+    bool rests;     /* that pause is a rest */
+    bool forget;    /* patience begins with no pause known */
+    double idle;    /* then so many seconds more */
+    bool idle_rest; /* of rest */
+    double limit;   /* seconds after which that is a hang; 0: it is none */
+} WatchCase;
+
+enum { WATCH_PATIENCE = 1 };
+
+static void watch_mark(const Ranks *ranks, bool rests, int64_t step) {
+    if (rests) {
+        ranks_resting(ranks);
+    } else {
+        ranks_working(ranks, step);
+    }
+}
+
+/* One of the two processes. */
+FOX_NORETURN static void watch_process(const Tests *t, const WatchCase *c, int rank, int port, int index) {
+    char text[1100];
+    Ranks ranks;
+    FoxError err = {{0}};
+    snprintf(text, sizeof text, "%s/watch_%d_%d", t->scratch, index, rank);
+    if (freopen(text, "w", stderr) == NULL) {
+        _exit(3);
+    }
+    snprintf(text, sizeof text, "%d", rank);
+    setenv("RANK", text, 1);
+    snprintf(text, sizeof text, "%d", port);
+    setenv("MASTER_PORT", text, 1);
+    setenv("MASTER_ADDR", "127.0.0.1", 1);
+    setenv("WORLD_SIZE", "2", 1);
+    if (!ranks_init(&ranks, NULL, NULL, &err)) {
+        fprintf(stderr, "%s\n", err.text);
+        _exit(3);
+    }
+    ranks_patience(&ranks, 0, 60, false);
+    if (rank == c->rank) {
+        watch_mark(&ranks, c->rests, 5);
+        run_sleep(c->pause);
+        watch_mark(&ranks, c->idle_rest, 6);
+        ranks_patience(&ranks, WATCH_PATIENCE, 60, c->forget);
+        run_sleep(c->idle);
+        watch_mark(&ranks, c->idle_rest, 7);
+    }
+    ranks_finish(&ranks); // with a barrier
+    _exit(0);
+}
+
+/* A rank counts as hung after `patience` seconds and four times its longest pause, thirty times as long where it rests: all cases
+ * side by side, each of two processes. Statuses travel, and are judged, once a second. */
+static void test_ranks_watch(Tests *t) {
+    static const WatchCase cases[] = {
+        {"no pause, idle for 8 s", 1, 0, false, false, 8, false, 1},
+        {"a pause of 1.5 s, idle for 4 s", 1, 1.5, false, false, 4, false, 0},
+        {"a pause of 1.5 s of rank 0, idle for 4 s", 0, 1.5, false, false, 4, false, 0},
+        {"a pause of 1.5 s, idle for 12 s", 1, 1.5, false, false, 12, false, 7},
+        {"a pause of 1.5 s of rank 0, idle for 12 s", 0, 1.5, false, false, 12, false, 7},
+        {"a forgotten pause of 1.5 s, idle for 8 s", 1, 1.5, false, true, 8, false, 1},
+        {"a rest of 1.5 s is no pause, idle for 8 s", 1, 1.5, true, false, 8, false, 1},
+        {"a rest of 8 s", 1, 0, false, false, 8, true, 0},
+        {"a rest of 8 s of rank 0", 0, 0, false, false, 8, true, 0},
+    };
+    enum { CASES = sizeof cases / sizeof cases[0] };
+    pid_t processes[CASES][2];
+    int port = 20000 + (int)(data_fresh() % 12000);
+    fflush(stdout);
+    for (int i = 0; i < 2 * CASES; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            watch_process(t, &cases[i / 2], i % 2, port + i / 2, i / 2);
+        }
+        processes[i / 2][i % 2] = child;
+    }
+    for (int i = 0; i < CASES; i++) {
+        const WatchCase *c = &cases[i];
+        int codes[2] = {run_wait(processes[i][0]), run_wait(processes[i][1])};
+        char path[1100], name[32], *text = NULL;
+        size_t length;
+        snprintf(path, sizeof path, "%s/watch_%d_0", t->scratch, i); // rank 0 says what there is to say
+        snprintf(name, sizeof name, "error: rank %d (", c->rank);
+        if (!check(t, file_read(path, 1 << 20, &text, &length, NULL), "watch, %s: %s is there", c->what, path)) {
+            continue;
+        }
+        const char *found = strstr(text, "made no progress for ");
+        double seconds = found != NULL ? atof(found + strlen("made no progress for ")) : 0;
+        if (c->limit == 0) {
+            check(t, codes[0] == 0 && codes[1] == 0 && length == 0, "watch, %s is no hang: codes %d and %d, %s", c->what, codes[0],
+                  codes[1], text);
+        } else { // in whole seconds
+            check(t, codes[0] == 1 && codes[1] == 1 && strstr(text, name) != NULL && strstr(text, " in step 7 (") != NULL,
+                  "watch, %s: expected code 1 and a line that names the rank and step, found %d, %d: %s", c->what, codes[0], codes[1],
+                  text);
+            check(t, seconds >= c->limit - 0.5 && seconds <= c->limit + 4, "watch, %s: a hang after %.0f s, expected %.0f", c->what,
+                  seconds, c->limit);
+        }
+        free(text);
     }
 }
 
@@ -595,6 +703,7 @@ static void test_ranks(Tests *t) {
     RankFixture f;
     char hash[20];
     test_ranks_partition(t);
+    test_ranks_watch(t);
     if (!ranks_fixture_create(t, &f, 4, false)) {
         return;
     }

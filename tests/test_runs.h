@@ -135,6 +135,14 @@ static void run_hash(const RunFixture *f, char hash[20]) {
     free(out);
 }
 
+static int run_count(const char *text, const char *word) {
+    int count = 0;
+    for (const char *p = text; (p = strstr(p, word)) != NULL; p += strlen(word)) {
+        count++;
+    }
+    return count;
+}
+
 /* ---- the model, the shards */
 
 static bool run_make_model(RunFixture *f, FoxError *err) {
@@ -371,6 +379,64 @@ static void test_run_speed(Tests *t, const RunFixture *f) {
     run_remove(f, "speed");
 }
 
+/* ---- samples */
+
+enum { RUN_BYTES_VOCAB = 257, RUN_SAMPLE_TOKENS = 24 };
+
+/* The text of the sample after a step, between its lines "---"; "" when there is none. The caller frees it. */
+static char *run_sample(const RunFixture *f, int step) {
+    char head[64];
+    snprintf(head, sizeof head, "step %d, a sample:\n---\n", step);
+    char *out = run_output(f, "stdout"), *from = strstr(out, head);
+    from = from != NULL ? from + strlen(head) : out;
+    char *end = from != out ? strstr(from, "\n---\n") : NULL;
+    char *text = strndup(from, end != NULL ? (size_t)(end - from) : 0);
+    free(out);
+    return text;
+}
+
+/* Samples of a run on bytes: the prompt, and what is likeliest after it; the same in the same run again. Training goes on as in a run
+ * without samples. */
+static void test_run_samples(Tests *t, const RunFixture *f) {
+    static const char *const more[] = {"-s 2", "-s 2", "-s 0"};
+    char command[4096], path[700], hash[3][20];
+    char *texts[2][2] = {{NULL, NULL}, {NULL, NULL}};
+    FoxError err = {{0}};
+    snprintf(path, sizeof path, "%s/bytes", f->root);
+    bool ok = make_directories(path, &err);
+    snprintf(path, sizeof path, "%s/bytes/a_train.bin", f->root);
+    // always the same text: of some the likeliest first token is the end of the text
+    check(t, ok && run_write_tokens(path, 1000, RUN_BYTES_VOCAB, 1), "%s can be written", path);
+    for (int i = 0; i < 3; i++) {
+        snprintf(command, sizeof command, "%s -i bytes -o bytes_out -e fox-pro-tiny -T 32 -b 2 -d 64 -x 4 -n -1 -v 0 "
+                 "--sample-temperature 0 --sample-tokens %d --sample-prompt fox %s", f->program, RUN_SAMPLE_TOKENS, more[i]);
+        run_expect(t, f, "a run on bytes", run_command(f, command), 0);
+        run_hash(f, hash[i]);
+        char *out = run_output(f, "stdout");
+        int samples = run_count(out, ", a sample:\n");
+        check(t, samples == (i < 2 ? 2 : 0), "%s of 4 steps: found %d samples", more[i], samples);
+        free(out);
+        for (int k = 0; i < 2 && k < 2; k++) {
+            texts[i][k] = run_sample(f, 2 + 2 * k);
+        }
+        run_remove(f, "bytes_out");
+    }
+    for (int k = 0; k < 2; k++) {
+        const char *text = texts[0][k];
+        int characters = 0;
+        for (const char *p = text; *p != '\0'; p++) {
+            characters += (*p & 0xc0) != 0x80;
+        }
+        bool longer = characters > 3 && characters <= 3 + RUN_SAMPLE_TOKENS; // a character has a byte or more
+        check(t, strncmp(text, "fox", 3) == 0 && longer, "the sample after step %d: the prompt and more, found '%s'", 2 + 2 * k, text);
+        check(t, strcmp(text, texts[1][k]) == 0, "the sample after step %d: '%s', then '%s'", 2 + 2 * k, text, texts[1][k]);
+        free(texts[0][k]);
+        free(texts[1][k]);
+    }
+    check(t, strlen(hash[0]) == 16 && strcmp(hash[0], hash[1]) == 0 && strcmp(hash[0], hash[2]) == 0,
+          "samples do not change a run: hashes %s, %s, %s", hash[0], hash[1], hash[2]);
+}
+
 /* ---- signals */
 
 /* Kills a run that checkpoints at every step, again and again, at random moments: it always resumes, and every run that
@@ -448,14 +514,6 @@ static void test_run_stop(Tests *t, const RunFixture *f, int number) {
 }
 
 /* ---- a full disk */
-
-static int run_count(const char *text, const char *word) {
-    int count = 0;
-    for (const char *p = text; (p = strstr(p, word)) != NULL; p += strlen(word)) {
-        count++;
-    }
-    return count;
-}
 
 /* After a run into ROOT/full, where only the checkpoint of step 5 fitted: it is there, whole, and the run goes on from
  * it when there is room again. */
@@ -944,6 +1002,7 @@ static void test_runs(Tests *t) {
     test_run_resume(t, &f, "-b 4");
     test_run_resume(t, &f, "-b 1"); // four micro-batches a step
     test_run_speed(t, &f);
+    test_run_samples(t, &f);
     test_run_kill(t, &f);
     test_run_stop(t, &f, SIGTERM);
     test_run_stop(t, &f, SIGINT);

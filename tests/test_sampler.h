@@ -59,6 +59,115 @@ static void test_sample_edges(Tests *t) {
     check(t, token == 0 || token == 1, "sample: all NaN gives a token of the vocabulary, found %d", token);
 }
 
+/* ---- a model that counts: after token n comes n + 1, of SAMPLE_VOCAB tokens. It notes what it is fed. */
+
+enum { SAMPLE_VOCAB = 260, SAMPLE_MOST = 64 }; /* three tokens more than the byte vocabulary has */
+
+typedef struct Counter {
+    int begins, ends, room; /* calls of decode_begin and decode_end; max_tokens of the last */
+    int count;
+    int32_t fed[SAMPLE_MOST];
+} Counter;
+
+static void counter_begin(Backend *backend, int max_tokens) {
+    Counter *c = (Counter *)backend->self;
+    c->begins++;
+    c->room = max_tokens;
+    c->count = 0;
+}
+
+static void counter_decode(Backend *backend, int32_t token, float *logits) {
+    Counter *c = (Counter *)backend->self;
+    c->fed[c->count++ % SAMPLE_MOST] = token;
+    for (int i = 0; i < SAMPLE_VOCAB; i++) {
+        logits[i] = i == (token + 1) % SAMPLE_VOCAB ? 50.0f : -0.01f * (float)i;
+    }
+}
+
+static void counter_end(Backend *backend) {
+    ((Counter *)backend->self)->ends++;
+}
+
+static Backend counter_backend(Counter *c) {
+    Backend backend;
+    memset(c, 0, sizeof *c);
+    memset(&backend, 0, sizeof backend);
+    backend.self = c;
+    backend.spec.config.vocab_size = SAMPLE_VOCAB;
+    backend.decode_begin = counter_begin;
+    backend.decode = counter_decode;
+    backend.decode_end = counter_end;
+    return backend;
+}
+
+/* Whether the model was fed first, first + 1, ...: `count` tokens in one go, for which it had room. */
+static bool counter_fed(const Counter *c, int first, int count) {
+    bool ok = c->begins == 1 && c->ends == 1 && c->count == count && c->room >= count;
+    for (int i = 0; i < count && i < SAMPLE_MOST; i++) {
+        ok = ok && c->fed[i] == first + i;
+    }
+    return ok;
+}
+
+/* The prompt is fed in its order, then each new token; it ends after so many, or before `stop`. */
+static void test_sample_generate(Tests *t, const SampleSettings *settings) {
+    static const int32_t prompt[] = {10, 11, 12};
+    int32_t out[21];
+    Counter c;
+    Backend backend = counter_backend(&c);
+    memset(out, -1, sizeof out);
+    int made = sample_generate(&backend, settings, prompt, 3, -1, 20, out);
+    bool ok = made == 20 && out[20] == -1;
+    for (int i = 0; i < 20; i++) {
+        ok = ok && out[i] == 13 + i;
+    }
+    check(t, ok, "sample: 20 tokens, 13 and up: found %d, from %d to %d", made, out[0], out[19]);
+    check(t, counter_fed(&c, 10, 22), "sample: the prompt and all new tokens but the last are fed, found %d from %d", c.count, c.fed[0]);
+
+    backend = counter_backend(&c);
+    memset(out, -1, sizeof out);
+    made = sample_generate(&backend, settings, prompt, 3, 17, 20, out);
+    check(t, made == 4 && out[0] == 13 && out[3] == 16 && out[4] == -1, "sample: ends before token 17, found %d tokens", made);
+    check(t, counter_fed(&c, 10, 7), "sample: nothing is fed after the end, found %d", c.count);
+
+    backend = counter_backend(&c);
+    made = sample_generate(&backend, settings, prompt, 3, 13, 20, out);
+    check(t, made == 0 && counter_fed(&c, 10, 3), "sample: ends at once, found %d tokens", made);
+}
+
+/* Whole texts of the byte vocabulary, in which end of text is 256: it comes before the prompt, and ends the sample. */
+static void test_sample_text(Tests *t, const SampleSettings *settings) {
+    static const struct {
+        const char *what, *prompt;
+        int max_tokens;
+        const char *expected;
+        int fed;
+    } cases[] = {
+        {"letters", "say abc", 5, "say abcdefgh", 12},
+        {"a sample of one token", "a", 1, "ab", 2},
+        {"a character, then bytes that are none", "\xc3\xa9", 2, "\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd", 4},
+        {"up to the end of text", "\xfd", 40, "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd", 4},
+        {"no prompt; 257 to 259 have no text, 0 and 1 none to show", "", 5, "\xef\xbf\xbd\xef\xbf\xbd", 5},
+    };
+    FoxError err = {{0}};
+    Tokenizer tokenizer;
+    if (!check(t, tokenizer_open(NULL, &tokenizer, &err), "sample: the byte vocabulary opens: %s", err.text)) {
+        return;
+    }
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Counter c;
+        Backend backend = counter_backend(&c);
+        char *text = sample_text(&backend, &tokenizer, settings, cases[i].prompt, cases[i].max_tokens);
+        check(t, strcmp(text, cases[i].expected) == 0, "sample: %s: found '%s'", cases[i].what, text);
+        check(t, c.fed[0] == tokenizer.end_of_text && c.count == cases[i].fed, "sample: %s: %d tokens are fed, from %d", cases[i].what,
+              c.count, c.fed[0]);
+        free(text);
+    }
+    tokenizer_free(&tokenizer);
+}
+
+/* ---- what is shown */
+
 static void test_printable(Tests *t) {
     static const struct {
         const char *bytes;
@@ -157,6 +266,11 @@ static void test_sampler(Tests *t) {
         }
     }
     test_sample_edges(t);
+    static const SampleSettings certain[] = {{0, 0, 0}, {0.8, 50, 7}}; // the next number is so likely that no draw takes another
+    for (int i = 0; i < 2; i++) {
+        test_sample_generate(t, &certain[i]);
+        test_sample_text(t, &certain[i]);
+    }
     test_printable(t);
     test_metrics_resume(t);
 }
