@@ -179,8 +179,7 @@ static void test_ranks_watch(Tests *t) {
                   codes[1], text);
         } else { // in whole seconds
             check(t, codes[0] == 1 && codes[1] == 1 && strstr(text, name) != NULL && strstr(text, " in step 7 (") != NULL,
-                  "watch, %s: expected code 1 and a line that names the rank and step, found %d, %d: %s", c->what, codes[0], codes[1],
-                  text);
+                  "watch, %s: expected code 1 and a line that names rank and step, found %d, %d: %s", c->what, codes[0], codes[1], text);
             check(t, seconds >= c->limit - 0.5 && seconds <= c->limit + 4, "watch, %s: a hang after %.0f s, expected %.0f", c->what,
                   seconds, c->limit);
         }
@@ -457,7 +456,8 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
         kill(processes[victim], loss == LOSS_KILL ? SIGKILL : SIGSTOP);
     }
     run_read_log(&f->run, "lost", &log);
-    double patience = RANKS_PATIENCE + (f->run.gpu ? 8 : 5), limit = loss == LOSS_KILL ? 8 : patience; // a GPU takes its time to end
+    double patience = RANKS_PATIENCE + (f->run.gpu ? 8 : 5); // a GPU takes its time to end
+    double limit = loss == LOSS_KILL ? 8 : patience;
     for (int step = 1; hang && step <= log.last; step++) { // a busy machine has long steps, and four times that is no hang
         limit = fmax(limit, patience + 4e-3 * log.step_ms[step]);
     }

@@ -395,8 +395,8 @@ static char *run_sample(const RunFixture *f, int step) {
     return text;
 }
 
-/* Samples of a run on bytes: the prompt, and what is likeliest after it; the same in the same run again. Training goes on as in a run
- * without samples. */
+/* Samples of a run on bytes: the prompt, and what is likeliest after it; the same in the same run again. Training goes on as in
+ * a run without samples. */
 static void test_run_samples(Tests *t, const RunFixture *f) {
     static const char *const more[] = {"-s 2", "-s 2", "-s 0"};
     char command[4096], path[700], hash[3][20];
@@ -428,7 +428,8 @@ static void test_run_samples(Tests *t, const RunFixture *f) {
             characters += (*p & 0xc0) != 0x80;
         }
         bool longer = characters > 3 && characters <= 3 + RUN_SAMPLE_TOKENS; // a character has a byte or more
-        check(t, strncmp(text, "fox", 3) == 0 && longer, "the sample after step %d: the prompt and more, found '%s'", 2 + 2 * k, text);
+        check(t, strncmp(text, "fox", 3) == 0 && longer, "the sample after step %d: the prompt and more, found '%s'", 2 + 2 * k,
+              text);
         check(t, strcmp(text, texts[1][k]) == 0, "the sample after step %d: '%s', then '%s'", 2 + 2 * k, text, texts[1][k]);
         free(texts[0][k]);
         free(texts[1][k]);
@@ -513,6 +514,80 @@ static void test_run_stop(Tests *t, const RunFixture *f, int number) {
     check(t, strcmp(hash, found) == 0, "stopped at step %d, the hash is %s, expected %s", log.last, found, hash);
 }
 
+/* Whether a process has a handler for a signal. */
+static bool run_handles(pid_t process, int number) {
+    char path[64], line[256];
+    unsigned long long caught = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", (int)process);
+    FILE *file = fopen(path, "r");
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        if (strncmp(line, "SigCgt:", 7) == 0) {
+            caught = strtoull(line + 7, NULL, 16);
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    return (caught >> (number - 1) & 1) != 0;
+}
+
+/* A child's exit code, as of run_wait, if it ends within so many seconds; otherwise it goes on, and false. */
+static bool run_ends(pid_t child, double seconds, int *code) {
+    siginfo_t info;
+    double deadline = fox_now() + seconds;
+    do {
+        info.si_pid = 0;
+        if (waitid(P_PID, (id_t)child, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == child) {
+            *code = run_wait(child);
+            return true;
+        }
+        run_sleep(0.01);
+    } while (fox_now() < deadline);
+    return false;
+}
+
+/* In a step that takes far longer than the test: a second signal soon after the first changes nothing, one more than 3 seconds
+ * after it ends the run at once, and nothing is saved. */
+static void test_run_impatience(Tests *t, const RunFixture *f) {
+    char command[4096], dir[600], path[1024];
+    int code = 0;
+    FoxError err = {{0}};
+    run_train_command(f, "long", "-x 2 -n 1 -b 1 -d 16777216", command); // a million micro-batches: several minutes
+    pid_t child = run_start(f, command, 1, 0);
+    double deadline = fox_now() + 60;
+    while (!run_handles(child, SIGTERM) && fox_now() < deadline) {
+        run_sleep(0.01);
+    }
+    bool ended = false, told = false;
+    double first = fox_now();
+    kill(child, SIGTERM);
+    do {
+        run_sleep(0.02);
+        char *text = run_output(f, "stdout");
+        told = strstr(text, "stops after this step") != NULL;
+        free(text);
+    } while (!told && fox_now() < first + 10);
+    double seen = fox_now(); // the first signal had been taken by then
+    check(t, told, "the first signal is answered");
+    run_sleep(fmax(0, first + 1 - seen));
+    kill(child, SIGTERM);
+    if (fox_now() - first < 2.5) { // else this machine stood still, and it is another wish
+        ended = run_ends(child, 1, &code);
+        check(t, !ended, "a second signal after 1 s changes nothing, found code %d", code);
+    }
+    run_sleep(fmax(0, seen + 3.5 - fox_now()));
+    kill(child, SIGTERM);
+    ended = ended || run_ends(child, 5, &code);
+    if (!ended) {
+        kill(child, SIGKILL);
+        code = run_wait(child);
+    }
+    check(t, code == 128 + SIGTERM, "a signal after more than 3 s ends at once: expected code %d, found %d", 128 + SIGTERM, code);
+    snprintf(dir, sizeof dir, "%s/long", f->root);
+    check(t, !checkpoint_latest(dir, path, &err) && err.text[0] == '\0', "nothing is saved, found %s %s", path, err.text);
+    run_remove(f, "long");
+}
+
 /* ---- a full disk */
 
 /* After a run into ROOT/full, where only the checkpoint of step 5 fitted: it is there, whole, and the run goes on from
@@ -568,6 +643,63 @@ static void test_run_full_disk(Tests *t, const RunFixture *f) {
         run_compare_logs(t, "after the disk was full", &reference, &log, 15, 0);
         check(t, umount(dir) == 0, "the small disk is unmounted");
     }
+}
+
+/* The same disk, but there is room again before the run ends: it ends as one that never lacked any. */
+static void test_run_room_again(Tests *t, const RunFixture *f) {
+    enum { STEPS = 200, EVERY = 20 };
+    char command[4096], more[64], hash[20], found[20], dir[600], path[1024], options[64];
+    FoxError err = {{0}};
+    struct stat status;
+    RunLog reference, log;
+    snprintf(more, sizeof more, "-x %d -n %d -b 1 -d 512", STEPS, EVERY); // a second or more is left when the disk is full
+    run_remove(f, "roomy");
+    run_train_command(f, "roomy", more, command);
+    run_expect(t, f, "a run with room", run_command(f, command), 0);
+    run_hash(f, hash);
+    run_read_log(f, "roomy", &reference);
+    snprintf(path, sizeof path, "%s/roomy/step_%08d/model.safetensors", f->root, EVERY);
+    int64_t model_bytes = stat(path, &status) == 0 ? (int64_t)status.st_size : 0;
+    snprintf(dir, sizeof dir, "%s/small", f->root);
+    make_directories(dir, &err);
+    snprintf(options, sizeof options, "size=%lld", (long long)(model_bytes * 9 / 2)); // one checkpoint, not two
+    if (mount("tmpfs", dir, "tmpfs", 0, options) != 0) {
+        printf("runs: a disk that grows is skipped: no tmpfs can be mounted here (%s)\n", strerror(errno));
+        return;
+    }
+    run_train_command(f, "small", more, command);
+    pid_t child = run_start(f, command, 1, 0);
+    double deadline = fox_now() + 60;
+    bool warned = false;
+    do {
+        run_sleep(0.002);
+        char *text = run_output(f, "stderr");
+        warned = strstr(text, "train_fox: warning: no checkpoint at step ") != NULL;
+        free(text);
+    } while (!warned && kill(child, 0) == 0 && fox_now() < deadline);
+    kill(child, SIGSTOP); // it waits for the room
+    snprintf(options, sizeof options, "size=%lld", (long long)(model_bytes * 4 * STEPS / EVERY + (4 << 20)));
+    check(t, warned && mount("tmpfs", dir, "tmpfs", MS_REMOUNT, options) == 0, "the disk is full, and grows");
+    kill(child, SIGCONT);
+    run_expect(t, f, "a disk that was full for a while", run_wait(child), 0);
+    run_hash(f, found);
+    run_read_log(f, "small", &log);
+    char *text = run_output(f, "stderr");
+    check(t, run_count(text, "train_fox: error: ") == 0 && run_count(text, "\n") == run_count(text, "train_fox: warning: "),
+          "a disk that was full for a while: warnings alone, found: %s", text);
+    free(text);
+    check(t, strlen(hash) == 16 && strcmp(hash, found) == 0, "with a disk that was full the hash is %s, expected %s", found, hash);
+    run_compare_logs(t, "with a disk that was full for a while", &reference, &log, STEPS, 0);
+    snprintf(path, sizeof path, "%s/small/step_%08d", f->root, 2 * EVERY);
+    check(t, access(path, F_OK) != 0, "the second checkpoint did not fit");
+    check(t, checkpoint_latest(dir, path, &err) && atoi(strrchr(path, '_') + 1) == STEPS,
+          "the last checkpoint is of step %d, found %s %s", STEPS, path, err.text);
+    run_train_command(f, "small", more, command);
+    strncat(command, " -y", sizeof command - strlen(command) - 1);
+    run_expect(t, f, "resumed where it had ended", run_command(f, command), 0);
+    run_hash(f, found);
+    check(t, strcmp(hash, found) == 0, "the last checkpoint has hash %s, expected %s", found, hash);
+    check(t, umount(dir) == 0, "the small disk is unmounted");
 }
 
 /* ---- bad input */
@@ -1007,6 +1139,10 @@ static void test_runs(Tests *t) {
     test_run_stop(t, &f, SIGTERM);
     test_run_stop(t, &f, SIGINT);
     test_run_full_disk(t, &f);
+    if (!t->quick) {
+        test_run_impatience(t, &f);
+        test_run_room_again(t, &f);
+    }
     test_run_bad_input(t, &f);
     test_run_not_finite(t, &f);
     test_run_nothing_lost(t, &f);

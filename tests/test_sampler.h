@@ -122,7 +122,8 @@ static void test_sample_generate(Tests *t, const SampleSettings *settings) {
         ok = ok && out[i] == 13 + i;
     }
     check(t, ok, "sample: 20 tokens, 13 and up: found %d, from %d to %d", made, out[0], out[19]);
-    check(t, counter_fed(&c, 10, 22), "sample: the prompt and all new tokens but the last are fed, found %d from %d", c.count, c.fed[0]);
+    check(t, counter_fed(&c, 10, 22), "sample: the prompt and all new tokens but the last are fed, found %d from %d", c.count,
+          c.fed[0]);
 
     backend = counter_backend(&c);
     memset(out, -1, sizeof out);
@@ -159,8 +160,8 @@ static void test_sample_text(Tests *t, const SampleSettings *settings) {
         Backend backend = counter_backend(&c);
         char *text = sample_text(&backend, &tokenizer, settings, cases[i].prompt, cases[i].max_tokens);
         check(t, strcmp(text, cases[i].expected) == 0, "sample: %s: found '%s'", cases[i].what, text);
-        check(t, c.fed[0] == tokenizer.end_of_text && c.count == cases[i].fed, "sample: %s: %d tokens are fed, from %d", cases[i].what,
-              c.count, c.fed[0]);
+        check(t, c.fed[0] == tokenizer.end_of_text && c.count == cases[i].fed, "sample: %s: %d tokens are fed, from %d",
+              cases[i].what, c.count, c.fed[0]);
         free(text);
     }
     tokenizer_free(&tokenizer);
