@@ -236,12 +236,14 @@ static void test_ranks_same(Tests *t, const RankFixture *f) {
 
 /* The speed that a run of several ranks records is that of all of them together. */
 static void test_ranks_speed(Tests *t, const RankFixture *f) {
+    char more[64];
     RunLog log;
+    int steps = run_speed_options(t, more);
     double start = fox_now();
-    run_expect(t, &f->run, "2 ranks that are timed", ranks_run(f, 0, 2, "speed", RUN_SPEED_OPTIONS), 0);
+    run_expect(t, &f->run, "2 ranks that are timed", ranks_run(f, 0, 2, "speed", more), 0);
     double wall = fox_now() - start;
     run_read_log(&f->run, "speed", &log);
-    run_check_speed(t, "2 ranks", &log, RUN_SPEED_STEPS, RUN_SPEED_TOKENS, wall);
+    run_check_speed(t, "2 ranks", &log, steps, RUN_SPEED_TOKENS, wall);
     run_remove(&f->run, "speed");
 }
 

@@ -364,18 +364,25 @@ static void run_check_speed(Tests *t, const char *what, const RunLog *log, int s
     printf("runs: %s: the steps took %.0f%% of the run's %.1f s\n", what, 100 * sum / wall, wall);
 }
 
-enum { RUN_SPEED_STEPS = 60, RUN_SPEED_TOKENS = 1024 };
-#define RUN_SPEED_OPTIONS "-x 60 -n -1 -v 0 -b 1 -d 1024" /* of many micro-batches, of which a clock could miss all but one */
+enum { RUN_SPEED_TOKENS = 1024 }; /* a step: many micro-batches, of which a clock could miss all but one */
+
+/* The options of a run that is timed. Returns its steps. */
+static int run_speed_options(const Tests *t, char more[64]) {
+    int steps = t->quick ? 8 : 60;
+    snprintf(more, 64, "-x %d -n -1 -v 0 -b 1 -d %d", steps, RUN_SPEED_TOKENS);
+    return steps;
+}
 
 static void test_run_speed(Tests *t, const RunFixture *f) {
-    char command[4096];
+    char command[4096], more[64];
     RunLog log;
-    run_train_command(f, "speed", RUN_SPEED_OPTIONS, command);
+    int steps = run_speed_options(t, more);
+    run_train_command(f, "speed", more, command);
     double start = fox_now();
     run_expect(t, f, "a run that is timed", run_command(f, command), 0);
     double wall = fox_now() - start;
     run_read_log(f, "speed", &log);
-    run_check_speed(t, "one process", &log, RUN_SPEED_STEPS, RUN_SPEED_TOKENS, wall);
+    run_check_speed(t, "one process", &log, steps, RUN_SPEED_TOKENS, wall);
     run_remove(f, "speed");
 }
 
