@@ -1,6 +1,6 @@
 /* Tests of runs on several ranks, started by mpirun and by scripts/launch.sh (TCP alone): the same losses on 1, 2 and 4 of
  * them, with and without a sharded optimizer; checkpoints go from any number to any other; a rank that is killed, stopped or
- * hangs ends them all; signals save; refusals. */
+ * hangs ends them all, and what counts as hanging; signals save; refusals. */
 #ifndef FOX_TEST_RANKS_H
 #define FOX_TEST_RANKS_H
 

@@ -1,6 +1,7 @@
 /* Tests of whole runs: train_fox is started as a child on a small model and small shards written here.
  *
- * Resume bit for bit, SIGKILL at random moments, SIGTERM, a full disk, bad input. Several ranks: tests/test_ranks.h. */
+ * Resume bit for bit, recorded speed, samples, SIGKILL at random moments, SIGTERM, a full disk, bad input. Several ranks:
+ * tests/test_ranks.h. */
 #ifndef FOX_TEST_RUNS_H
 #define FOX_TEST_RUNS_H
 

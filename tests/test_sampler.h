@@ -1,4 +1,4 @@
-/* Tests of train/sampler.h and of metrics.jsonl. */
+/* Tests of train/sampler.h, alone and on a model that counts, and of metrics.jsonl. */
 #ifndef FOX_TEST_SAMPLER_H
 #define FOX_TEST_SAMPLER_H
 
