@@ -6,6 +6,7 @@
 
 #include "../train/partition.h"
 #include "../train/ranks.h"
+#include "../train/sockets.h"
 #include "test_runs.h"
 
 #include <arpa/inet.h>
@@ -701,10 +702,42 @@ static void test_ranks_stranger(Tests *t, const RankFixture *f) {
     close(fd);
 }
 
+/* A host that does not answer, here a queue of connections that is full, is given up at the deadline: by itself connect() waits
+ * for minutes. */
+static void test_ranks_deadline(Tests *t) {
+    enum { QUEUE = 3 };
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof address;
+    int listener = socket(AF_INET, SOCK_STREAM, 0), queue[QUEUE];
+    bool ok = listener >= 0 && bind(listener, (struct sockaddr *)&address, size) == 0 && listen(listener, 0) == 0 &&
+              getsockname(listener, (struct sockaddr *)&address, &size) == 0;
+    if (!check(t, ok, "ranks: a listener: %s", strerror(errno))) {
+        return;
+    }
+    for (int i = 0; i < QUEUE; i++) {
+        queue[i] = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        (void)!connect(queue[i], (struct sockaddr *)&address, size);
+    }
+    FoxError err = {{0}};
+    double start = fox_now();
+    int fd = socket_connect("127.0.0.1", ntohs(address.sin_port), start + 0.5, &err);
+    double waited = fox_now() - start;
+    check(t, fd < 0 && waited >= 0.4 && waited < 5, "ranks: a host that does not answer: %d after %.1f s", fd, waited);
+    check(t, strstr(err.text, "timed out") != NULL, "ranks: a host that does not answer: '%s'", err.text);
+    for (int i = 0; i < QUEUE; i++) {
+        close(queue[i]);
+    }
+    close(listener);
+    if (fd >= 0) {
+        close(fd);
+    }
+}
+
 static void test_ranks(Tests *t) {
     RankFixture f;
     char hash[20];
     test_ranks_partition(t);
+    test_ranks_deadline(t);
     test_ranks_watch(t);
     if (!ranks_fixture_create(t, &f, 4, false)) {
         return;
