@@ -79,12 +79,14 @@ static int checkpoint_next(const FoxTable *table, int64_t end) {
 
 /* The flat space: no gap but padding, vectors and embeddings before `matrices`, then matrices as the table has them. */
 static void checkpoint_check_places(Tests *t, const FoxTable *table) {
-    int64_t end = 0;
+    int64_t end = 0, width = table->tensors[table->embeddings].shape[1];
     int seen = 0, last = -1;
     for (int i; (i = checkpoint_next(table, end)) >= 0; seen++) {
         const FoxTensor *s = &table->tensors[i];
         bool after_packed = strstr(s->name, "o_proj") != NULL; // rows of padding before it: see test_checkpoint_table
-        check(t, s->offset % 16 == 0 && (after_packed || s->offset - end < 16), "%s: offset", s->name);
+        /* the start of the matrices, and with it every matrix of a model whose width allows it, is a multiple of 256 bytes in bf16 */
+        int unit = i == table->embeddings || (s->ndim == 2 && width % 128 == 0) ? 128 : 16;
+        check(t, s->offset % unit == 0 && (after_packed || s->offset - end < unit), "%s: offset", s->name);
         check(t, (s->offset < table->matrices) == (s->ndim == 1 || i == table->embeddings), "%s: in the wrong part", s->name);
         check(t, s->offset < table->matrices || i > last, "%s: matrices out of order", s->name);
         last = s->offset < table->matrices ? -1 : i;

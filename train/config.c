@@ -5,6 +5,9 @@
 #define PAPER_TOKENS_760M 16106127360.0
 
 #define ALIGNMENT 16 /* floats; the start of every tensor */
+/* Elements; the start of the matrices. cuBLASLt takes addresses to be multiples of 256 bytes when it proposes algorithms; where
+ * d is a multiple of 128, as in all presets, so is the start of every matrix, in bf16 too. */
+#define MATRIX_ALIGNMENT 128
 
 /* The learning rates of the 760m models are those of the 16e9-token runs. */
 static const FoxPreset presets[] = {
@@ -151,6 +154,7 @@ static void place_all(FoxTable *table, const FoxConfig *c) {
             place(table, i);
         }
     }
+    table->total = fox_round_up(table->total, MATRIX_ALIGNMENT);
     table->decayed = table->total;
     place(table, table->embeddings);
     table->matrices = table->total;

@@ -58,7 +58,7 @@ typedef struct FoxTensor {
     int ndim;      /* 1 or 2 */
     int64_t shape[2];
     int64_t size;   /* number of elements */
-    int64_t offset; /* of the first element in the flat space; a multiple of 16 */
+    int64_t offset; /* of the first element in the flat space; a multiple of 16, of matrices of 128 where hidden_size is one */
     bool decay;     /* weight decay applies: matrices and embeddings, not norms and biases */
     FoxInit init;
 } FoxTensor;
