@@ -13,8 +13,9 @@ dev/train_official.py), and are validated on the same windows at the same steps.
 320 steps of 131072 tokens, AdamW with a peak rate of 3e-4, 32 steps of warm-up and a cosine to 0.
 
 --out holds every run's curves; --merge takes over the runs of earlier files, so that parts can be made at different
-times. Files of another recipe are refused; --check does nothing but to look whether files are of this command line's. The table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and
-from `off` of the same seed (or from the first run), and the largest difference of the training losses, as means of 20
+times. Files of another recipe are refused; --check only looks whether files are of this command line's recipe. The
+table: mean training loss of the last 20 steps, the last validation, what they differ by from `official` and from `off`
+of the same seed (or from the first run), and the largest difference of the training losses, as means of 20
 steps, in the second half; tokens/s of the median step; skipped fraction of the attention blocks at the end. Below it,
 how far the last validations of runs are apart that differ by their seed only. --keep FOLDER keeps the folder of each
 run of ours, with its last checkpoint.
