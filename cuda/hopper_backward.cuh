@@ -288,6 +288,45 @@ struct alignas(1024) HopperDkdvShared {
     HopperTiles<Traits::BUFFERS> tiles;
 };
 
+/* Last step with queries that see this key; the first is that of a tile's own rows. */
+template <int D>
+static __device__ __forceinline__ int hopper_last_step(const AcpBackward &p, int bh, int key) {
+    int last = p.saved.last[bh * p.in.blocks + min(key, p.in.T - 1) / ACP_BLOCK];
+    return (min(p.in.T, (last + 1) * ACP_BLOCK) - 1) / HopperDkdv<D>::QUERIES;
+}
+
+/* The producer, one thread: takes tile after tile, tells the others, and copies what they need, as far ahead as rings reach. */
+template <int D>
+static __device__ __forceinline__ void hopper_dkdv_copies(const HopperBackwardArgs &args, HopperDkdvShared<D> &shared) {
+    using Traits = HopperDkdv<D>;
+    constexpr int QUERIES = Traits::QUERIES;
+    const AcpBackward &p = args.p;
+    const AcpInputs &in = p.in;
+    for (int j = 0, i = 0;; j++) {
+        HopperTile t = shared.tiles.take(in, p.saved.order[1], p.saved.next + 1, Traits::KEYS);
+        t.edge = t.bh < 0 ? 0 : hopper_last_step<D>(p, t.bh, t.start + Traits::KEYS - 1);
+        t.step = i;
+        shared.tiles.tell(j, t);
+        if (t.bh < 0) {
+            return;
+        }
+        int row = t.bh * in.blocks * ACP_BLOCK, buffer = j % Traits::BUFFERS, m = t.start / QUERIES;
+        uint64_t *there = shared.tiles.ring.announce(j, 2 * Traits::TILE);
+        hopper_load_tile<D, Traits::KEYS>(shared.k[buffer], args.k, t.b, t.h, t.start, there);
+        hopper_load_tile<D, Traits::KEYS>(shared.v[buffer], args.v, t.b, t.h, t.start, there);
+        do { /* the first is under way before the edge is needed */
+            int stage = i % Traits::STAGES, query = m * QUERIES;
+            uint64_t *full = shared.q_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.offset[0]);
+            hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, t.b, t.h, query, full);
+            hopper_load_floats<QUERIES>(shared.offset[stage], args.offset, row + query, full);
+            full = shared.dout_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.delta[0]);
+            hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, t.b, t.h, query, full);
+            hopper_load_floats<QUERIES>(shared.delta[stage], args.delta, row + query, full);
+            i++;
+        } while (++m <= t.edge);
+    }
+}
+
 template <int D>
 static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
     hopper_dkdv_kernel(const __grid_constant__ HopperBackwardArgs args) {
@@ -306,40 +345,14 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
     }
     acp_begin();
     __syncthreads();
-    auto last_step = [&](int bh, int key) { /* with queries that see this key; the first step is a tile's own rows */
-        int last = p.saved.last[bh * in.blocks + min(key, in.T - 1) / ACP_BLOCK];
-        return (min(in.T, (last + 1) * ACP_BLOCK) - 1) / QUERIES;
-    };
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
-        if (threadIdx.x % HOPPER_WARPGROUP > 0) {
-            return;
+        if (threadIdx.x % HOPPER_WARPGROUP == 0) {
+            hopper_dkdv_copies<D>(args, shared);
         }
-        for (int j = 0, i = 0;; j++) {
-            HopperTile t = shared.tiles.take(in, p.saved.order[1], p.saved.next + 1, Traits::KEYS);
-            t.edge = t.bh < 0 ? 0 : last_step(t.bh, t.start + Traits::KEYS - 1);
-            t.step = i;
-            shared.tiles.tell(j, t);
-            if (t.bh < 0) {
-                return;
-            }
-            int row = t.bh * in.blocks * ACP_BLOCK, buffer = j % Traits::BUFFERS, m = t.start / QUERIES;
-            uint64_t *there = shared.tiles.ring.announce(j, 2 * Traits::TILE);
-            hopper_load_tile<D, Traits::KEYS>(shared.k[buffer], args.k, t.b, t.h, t.start, there);
-            hopper_load_tile<D, Traits::KEYS>(shared.v[buffer], args.v, t.b, t.h, t.start, there);
-            do { /* the first is under way before the edge is needed */
-                int stage = i % STAGES, query = m * QUERIES;
-                uint64_t *full = shared.q_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.offset[0]);
-                hopper_load_tile<D, QUERIES>(shared.q[stage], args.q, t.b, t.h, query, full);
-                hopper_load_floats<QUERIES>(shared.offset[stage], args.offset, row + query, full);
-                full = shared.dout_ring.refill(i, Traits::Q_TILE + (int)sizeof shared.delta[0]);
-                hopper_load_tile<D, QUERIES>(shared.dout[stage], args.dout, t.b, t.h, query, full);
-                hopper_load_floats<QUERIES>(shared.delta[stage], args.delta, row + query, full);
-                i++;
-            } while (++m <= t.edge);
-        }
+        return;
     }
     hopper_more_registers<Traits::REGISTERS>();
     for (int j = 0;; j++) {
@@ -357,7 +370,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             row = thread / 32 * 16 + lane / 4; /* this thread's keys: row0 + row, and 8 further */
         bool inside = row0 < in.T;
         /* what is looked up, all on its way before the first is waited for */
-        int own_last = last_step(bh, row0);
+        int own_last = hopper_last_step<D>(p, bh, row0);
         const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
         const float *lifts = p.saved.lift + (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
         const float lift[2] = {lifts[0], lifts[8]};

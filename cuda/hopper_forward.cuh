@@ -93,6 +93,33 @@ static __device__ __forceinline__ void hopper_decay(float (&s)[N], const float *
     }
 }
 
+/* Last key block of the tile of queries that begins at `query`. */
+template <int D>
+static __device__ __forceinline__ int hopper_last_block(const AcpInputs &in, int query) {
+    return (min(in.T, query + HopperForward<D>::QUERIES) - 1) / ACP_BLOCK;
+}
+
+/* The producer, one thread: takes tile after tile, tells the others, and copies what they need, as far ahead as rings reach. */
+template <int D>
+static __device__ __forceinline__ void hopper_forward_copies(const HopperForwardArgs &args, HopperForwardShared<D> &shared) {
+    using Traits = HopperForward<D>;
+    const AcpInputs &in = args.p.in;
+    const AcpSaved &saved = args.p.saved;
+    for (int j = 0, step = 0;; j++) {
+        HopperTile t = shared.tiles.take(in, saved.order[0], saved.next, Traits::QUERIES);
+        t.edge = t.bh < 0 ? 0 : saved.first[t.bh * in.blocks + t.start / ACP_BLOCK];
+        t.step = step;
+        shared.tiles.tell(j, t);
+        if (t.bh < 0) {
+            return;
+        }
+        hopper_load_tile<D, Traits::QUERIES>(shared.q[j % Traits::BUFFERS], args.q, t.b, t.h, t.start,
+                                             shared.tiles.ring.announce(j, sizeof shared.q[0]));
+        step = shared.keys.copy(args.k, args.v, args.lift, t.b, t.h, t.bh * in.blocks * ACP_BLOCK, t.edge,
+                                hopper_last_block<D>(in, t.start), step);
+    }
+}
+
 template <int D>
 static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     hopper_forward_kernel(const __grid_constant__ HopperForwardArgs args) {
@@ -110,29 +137,14 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
     }
     acp_begin();
     __syncthreads();
-    auto last_block = [&](int query) { /* of a tile that begins there */
-        return (min(in.T, query + Traits::QUERIES) - 1) / ACP_BLOCK;
-    };
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
-        if (threadIdx.x % HOPPER_WARPGROUP > 0) {
-            return;
+        if (threadIdx.x % HOPPER_WARPGROUP == 0) {
+            hopper_forward_copies<D>(args, shared);
         }
-        for (int j = 0, step = 0;; j++) {
-            HopperTile t = shared.tiles.take(in, saved.order[0], saved.next, Traits::QUERIES);
-            t.edge = t.bh < 0 ? 0 : saved.first[t.bh * in.blocks + t.start / ACP_BLOCK];
-            t.step = step;
-            shared.tiles.tell(j, t);
-            if (t.bh < 0) {
-                return;
-            }
-            hopper_load_tile<D, Traits::QUERIES>(shared.q[j % Traits::BUFFERS], args.q, t.b, t.h, t.start,
-                                                 shared.tiles.ring.announce(j, sizeof shared.q[0]));
-            step = shared.keys.copy(args.k, args.v, args.lift, t.b, t.h, t.bh * in.blocks * ACP_BLOCK, t.edge,
-                                    last_block(t.start), step);
-        }
+        return;
     }
     hopper_more_registers<Traits::REGISTERS>();
     HopperTurns<WARPGROUPS> turns(group);
@@ -153,7 +165,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         int own_first = saved.first[bh * in.blocks + block];
         const float2 own_base = base[block];
         bool fixed = saved.bound[bh] <= (float)HOPPER_FIXED;
-        int n = last_block(q0), last = hopper_uniform(t.step) + n; /* block n: step last - n of the rings */
+        int n = hopper_last_block<D>(in, q0), last = hopper_uniform(t.step) + n; /* block n: step last - n of the rings */
         int begin = hopper_uniform(t.edge);
         /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
         int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(own_first) : begin;
