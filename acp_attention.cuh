@@ -538,6 +538,47 @@ struct AcpRanges {
     unsigned long long *skipped, *total; /* [H] or NULL */
 };
 
+/* Of one row, by the lanes of a warp: max|q| and max|k| where norms were measured, else max of both QK-norm weights. */
+static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, const AcpWork &work, int64_t bh, int h, int lane) {
+    float q = 0, k = 0;
+    int offset = r.shared_norm ? 0 : h * r.D;
+    for (int i = lane; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
+        float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
+                                       : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
+        q = fmaxf(q, norm.x);
+        k = fmaxf(k, norm.y);
+    }
+    return make_float2(warp_max(q), warp_max(k));
+}
+
+/* The paper's test: first key block, up to `high`, whose last key is not far enough behind the first query of block m. */
+static __device__ __forceinline__ int acp_first_block(const double *begins, const double *ends, int m, int high, double delta) {
+    int low = 0;
+    while (low < high) {
+        int n = (low + high) / 2;
+        if (begins[m] - ends[n] < delta) {
+            low = n + 1;
+        } else {
+            high = n;
+        }
+    }
+    return low;
+}
+
+/* The last query block whose range begins at key block n or before; first[n] <= n. */
+static __device__ __forceinline__ int acp_last_block(const int *first, int n, int blocks) {
+    int low = n, high = blocks - 1;
+    while (low < high) {
+        int m = (low + high + 1) / 2;
+        if (first[m] <= n) {
+            low = m;
+        } else {
+            high = m - 1;
+        }
+    }
+    return low;
+}
+
 /* first and last of one row, and its share of the counts. grid (BH), 256 threads, ACP_RANGES_SHARED bytes for each
  * block; the threads take query blocks from the last to the first, so that the minimum over all later blocks is a scan
  * over threads. */
@@ -559,19 +600,10 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
         skipped = 0;
     }
     if (tid >= LAST_WARP && (r.mode == ACP_PAPER || r.q_norm != NULL)) { /* it has the least to load below */
-        float q = 0, k = 0;
-        int offset = r.shared_norm ? 0 : h * r.D;
-        for (int i = tid - LAST_WARP; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
-            float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
-                                           : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
-            q = fmaxf(q, norm.x);
-            k = fmaxf(k, norm.y);
-        }
-        q = warp_max(q);
-        k = warp_max(k);
+        float2 largest = acp_largest_norms(r, work, bh, h, tid - LAST_WARP);
         if (tid == LAST_WARP) {
-            bound[0] = q;
-            bound[1] = k;
+            bound[0] = largest.x;
+            bound[1] = largest.y;
         }
     }
     if (r.mode == ACP_PAPER) {
@@ -595,16 +627,7 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
         if (m >= 0 && r.mode == ACP_TIGHT) {
             value = work.first_raw[bh * r.blocks + m];
         } else if (m >= 0) {
-            int high = r.mode == ACP_PAPER ? m : 0; /* first block not far enough behind */
-            value = 0;
-            while (value < high) {
-                int n = (value + high) / 2;
-                if (begins[m] - ends[n] < delta) {
-                    value = n + 1;
-                } else {
-                    high = n;
-                }
-            }
+            value = acp_first_block(begins, ends, m, r.mode == ACP_PAPER ? m : 0, delta);
         }
         int later = lowest;
         value = min(acp_block_scan(value, scan, AcpMin()), later);
@@ -620,16 +643,7 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
         __syncthreads();
     }
     for (int n = tid; n < r.blocks; n += 256) {
-        int low = n, high = r.blocks - 1; /* the last query block whose range begins at n or before; first[n] <= n */
-        while (low < high) {
-            int m = (low + high + 1) / 2;
-            if (first[m] <= n) {
-                low = m;
-            } else {
-                high = m - 1;
-            }
-        }
-        saved.last[bh * r.blocks + n] = low;
+        saved.last[bh * r.blocks + n] = acp_last_block(first, n, r.blocks);
     }
     if (r.skipped != NULL) {
         own_skipped = __reduce_add_sync(0xffffffffu, own_skipped);
