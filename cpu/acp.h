@@ -195,7 +195,8 @@ static inline void acp_query_blocks(const AcpHead *head, int block_q, AcpQueryBl
  * which only keeps more.
  *
  * Backward uses the same ranges. It could use sharper ones, since it knows Z_i, but they keep hardly fewer blocks (0.2% of
- * all in 12,000 random and adversarial heads). The 0.02 covers float32 rounding of the same computation on the GPU. first: [acp_blocks(T, block_q)]. */
+ * all in 12,000 random and adversarial heads). The 0.02 covers float32 rounding of the same computation on the GPU.
+ * first: [acp_blocks(T, block_q)]. */
 static inline void acp_first_blocks_tight(const AcpHead *head, double log_tolerance, int block_q, int block_k, int *first) {
     int T = head->T, nq = acp_blocks(T, block_q), nk = acp_blocks(T, block_k);
     double scale = 1.0 / sqrt((double)head->D), budget = exp(log_tolerance - 0.02);
