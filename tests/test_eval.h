@@ -2,7 +2,7 @@
 #ifndef FOX_TEST_EVAL_H
 #define FOX_TEST_EVAL_H
 
-#include "test_runs.h"
+#include "run_fixture.h"
 
 /* The bins hold every position once, grow, and have the powers of two as edges; sums go where they belong. */
 static void eval_test_bins(Tests *t) {

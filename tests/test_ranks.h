@@ -7,7 +7,7 @@
 #include "../train/partition.h"
 #include "../train/ranks.h"
 #include "../train/sockets.h"
-#include "test_runs.h"
+#include "run_fixture.h"
 
 #include <arpa/inet.h>
 #include <dirent.h>
