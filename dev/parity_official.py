@@ -15,6 +15,9 @@ differ by:
     ours on the CPU (float32)  with the official model in float32             loss 1e-4, gradient norm 1e-3 relative
     ours on a GPU (bf16)       with the official model in float32 and bf16    loss 5e-3, gradient norm 2e-2 relative
 
+With the official model in bf16 the gradient norm may differ further by that model's own error, bf16 against float32: two
+roundings of one number, each near it, may be twice as far from each other.
+
 --acp prunes on both sides (the paper's threshold, log tolerance -10); the official float32 run never prunes, so there
 the bound of pruning is tested too. A fixture's weights are first written as a checkpoint; what is compared is then
 the checkpoint that `train_fox` writes after it has loaded them. Exit status 1 when anything is out of its range.
@@ -123,15 +126,20 @@ def parity(args, code, given, scratch):
         ref_losses, ref_norms = official_on_windows(code, model, windows, precision)
         loss_error = np.abs(losses - ref_losses).max()
         mean_error = abs(validation - ref_losses.mean())
-        norm_error = np.abs(norms / ref_norms - 1).max()
+        norm_errors = np.abs(norms / ref_norms - 1)
+        if precision == "float32":
+            exact_norms = ref_norms
+        own_errors = np.abs(ref_norms / exact_norms - 1)
         required = precision == "float32" or device == "cuda"
-        passed = max(loss_error, mean_error) <= allowed["loss"] and norm_error <= allowed["norm"]
+        passed = max(loss_error, mean_error) <= allowed["loss"] and bool(np.all(norm_errors <= allowed["norm"] + own_errors))
         good = good and (passed or not required)
         verdict = ("FAIL", "PASS")[bool(passed)] if required else "(for information)"
         print(
             f"  official {precision:8} loss {ref_losses.mean():.6f} (ours {losses.mean():.6f}): off by "
             f"{loss_error:.2e}, in validation {mean_error:.2e}; gradient norm {ref_norms.mean():.6f} "
-            f"(ours {norms.mean():.6f}): off by {norm_error:.2e}  {verdict}"
+            f"(ours {norms.mean():.6f}): off by {norm_errors.max():.2e}"
+            + (f", the official model itself by {own_errors.max():.2e}" if precision == "bf16" else "")
+            + f"  {verdict}"
         )
     return good
 

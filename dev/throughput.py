@@ -315,7 +315,7 @@ def draw(result):
         ("ours", "paper", "#1f78b4", "ours, paper"),
         ("ours", "tight", "#33a02c", "ours, tight"),
     ]
-    figure, axes = pyplot.subplots(1, len(models), figsize=(2 + 3 * len(models), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(models), figsize=(2 + 3 * len(models), 3.6), squeeze=False)
     for axis, (model, weights) in zip(axes[0], models):
         mine = [r for r in rows if (r["model"], r["weights"]) == (model, weights)]
         contexts = sorted({r["context"] for r in mine})
@@ -333,7 +333,8 @@ def draw(result):
         axis.set_xlabel("context")
         axis.set_title(f"{model}, {'gate spread' if weights == 'gates' else 'trained'}", fontsize=9)
     axes[0][0].set_ylabel("tokens/s")
-    axes[0][-1].legend(fontsize=8)
+    handles = {label: bars for axis in axes[0] for bars, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     return figure
 
 
