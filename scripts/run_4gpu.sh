@@ -6,7 +6,7 @@
 #   FLOPs    6 * 366e6 + 7 * 16,384 * 1,024 * 24 * kept a token: 2.3e9 to 5.0e9 with 5% to all of attention kept; 1.9e19 in
 #            all when 13% is kept, as in a trained model
 #   traffic  each GPU sends 2.0 GB a step (-z 1)
-#   ms/step  not measured on four GPUs. One H100 alone, with pruning: 134,395 tokens/s (docs/results/gpu_h100.md), 3.9 s for such a step
+#   ms/step  not measured on four GPUs. One H200 alone, with pruning: 140,002 tokens/s (docs/results/gpu.md), 3.7 s for such a step
 #
 #   scripts/run_4gpu.sh DATA OUT [options of train_fox]       GPUS=4, MODEL=fox-pro-360m
 #

@@ -21,7 +21,7 @@ NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)")  # 
 
 # What cannot be recomputed here: (document, table, rows or None for all of them, why).
 WITHOUT_DATA = (
-    ("training.md", "after 32 steps", ("`tight`, the same at 92a9a19", "`paper`, seed 2, the same at 92a9a19"), "only b133696 was kept"),
+    ("gpu.md", "model trained with", None, "printed by check_mass"),
     ("ranks.md", "all-reduce", None, "nccl_bandwidth prints a table and writes no file"),
     ("cpu.md", "context × sequences", None, "make bench prints a table and writes no file"),
     ("cpu.md", "heads | `paper` | `tight`", None, "printed by ./test_fox --only acp"),
@@ -128,17 +128,16 @@ def check_training(t):
         ("`tight`", "tight", "off"),
         ("`paper`, seed 2", "paper@2", None),
     ):
-        page.row("after 32 steps", label, training_row(runs[name], runs.get(over)))
-    page.row("after 32 steps", "Transformer (Pro)", training_row(runs["transformer"])[:-1])
+        page.row("after 128 steps", label, training_row(runs[name], runs.get(over)))
+    page.row("after 128 steps", "Transformer (Pro)", training_row(runs["transformer"])[:-1])
     t.equal(runs["paper"]["loss"], runs["off"]["loss"], "training.md: `paper` took the same path as `off`")
     page.says(f"all {len(runs['off']['loss'])} losses are the same")
-    page.says(f"FoX is {runs['transformer']['validation'][-1][1] - runs['off']['validation'][-1][1]:.2f} below the Transformer")
-
-    runs = read("quality_125m_warmup128")["runs"]
-    for name in ("paper", "tight"):
-        page.row("after 128 steps", f"`{name}`", training_row(runs[name]))
-    validations = [abs(a - b) for (_, a), (_, b) in zip(runs["paper"]["validation"], runs["tight"]["validation"])]
-    page.says(f"validations on the way {max(validations):.3f} apart at most")
+    last = {name: run["validation"][-1][1] for name, run in runs.items()}
+    noise = abs(last["paper@2"] - last["paper"])
+    page.says(f"it ends {abs(last['tight'] - last['off']):.4f} apart, where the second seed is {noise:.4f} away")
+    page.says(f"FoX is {last['transformer'] - last['off']:.2f} below the Transformer")
+    apart_by = [(abs(a - b), step) for (step, a), (_, b) in zip(runs["off"]["validation"], runs["tight"]["validation"])]
+    page.says(f"differ by up to {max(apart_by)[0]:.3f} (at step {max(apart_by)[1]})")
 
     runs = read("training_125m")["runs"]
     page.row("320 steps of 131,072", "official PyTorch program, ACP", training_row(runs["official"]))
@@ -188,7 +187,7 @@ def check_ranks(t):
     page.finish()
 
 
-# ---- gpu_h100.md
+# ---- gpu.md
 
 
 def speeds_of(rows, weights="gates"):
@@ -223,29 +222,23 @@ def saved(rows, model, context):
 
 def check_whole_steps(page):
     rows = speeds_of(read("throughput")["rows"])
-    for model in ("125m", "360m", "760m"):
-        for context in (4096, 8192, 16384):
-            official = (model, context, "official paper") in rows
-            row = against_official(rows, model, context) if official else [rate(rows[model, context, mode]) for mode in ("paper", "tight")]
+    for model, context in {(model, context) for model, context, _ in rows}:
+        whole = (model, context, "off") in rows
+        official, *ours = against_official(rows, model, context)
+        row = [rate(rows[model, context, "official off"]), official, rate(rows[model, context, "off"])] if whole else [official]
+        row += ours
+        if whole:
             row += [gain(rows, model, context, mode) for mode in ("paper", "tight")] + share(rows, model, context)
-            label = (model.replace("m", "M"), f"{context:,}")
-            page.row("`off` → `paper`, `tight` | attention", label, row + saved(rows, model, context))
+        page.row("FoX (Pro) | context", (model.replace("m", "M"), f"{context:,}"), row + saved(rows, model, context))
     page.says(f"{span([gain(rows, m, 16384, 'paper') for m in ('125m', '360m', '760m')], '.0f')}% at the same threshold")
+    page.says(f"attention is {share(rows, '760m', 16384)[1]:.0f}% of a step at 16,384 with `paper`")
+    memory = [rows["760m", 16384, who]["memory_bytes"] / 1e9 for who in ("off", "official paper")]
+    page.says(f"T = 16,384, 32,768 tokens: {memory[0]:.1f} GB (the official program: {memory[1]:.1f} GB)")
 
-    speed = speeds_of(read("speed")["rows"])
-    contexts = {(model, context) for model, context, _ in speed}
-    for model, context in contexts:
-        page.row("model, context", f"{model.replace('m', 'M')}, {context:,}", against_official(speed, model, context))
-    page.says(f"{rate(speed['760m', 32768, 'off']):,.0f} against {rate(speed['760m', 32768, 'official off']):,.0f} tokens/s")
-
-    h200 = speeds_of(read("throughput_760m_h200")["rows"])
-    for context in (4096, 8192, 16384, 32768):
-        whole = ("760m", context, "off") in h200
-        official, *ours = against_official(h200, "760m", context)
-        row = [rate(h200["760m", context, "official off"]), official, rate(h200["760m", context, "off"])] if whole else [official]
-        page.row("context | official, `off`", f"{context:,}", row + ours + (share(h200, "760m", context) if whole else []))
-    milliseconds = h200["760m", 16384, "paper"]["step_ms"]
-    page.says(f"of a step of {milliseconds:.0f} ms at 16,384 (`paper`) attention is {share(h200, '760m', 16384)[1]:.0f}%")
+    h100 = speeds_of(read("throughput_h100")["rows"])
+    for model, context in {(model, context) for model, context, _ in h100}:
+        page.row("model, context", f"{model.replace('m', 'M')}, {context:,}", against_official(h100, model, context))
+    page.says(f"{rate(h100['760m', 32768, 'off']):,.0f} against {rate(h100['760m', 32768, 'official off']):,.0f} tokens/s")
 
     trained = speeds_of(read("throughput")["rows"], "checkpoint")
     for context in (4096, 8192, 16384):
@@ -253,8 +246,24 @@ def check_whole_steps(page):
         for mode in ("paper", "tight"):
             row += [rate(trained["125m", context, mode]), gain(trained, "125m", context, mode)]
         page.row("context | `off`", f"{context:,}", row + share(trained, "125m", context) + saved(trained, "125m", context))
-    memory = [rows["760m", 16384, "off"]["memory_bytes"] / 1e9, speed["760m", 16384, "official paper"]["memory_bytes"] / 1e9]
-    page.says(f"T = 16,384, 32,768 tokens: {memory[0]:.1f} GB (the official program: {memory[1]:.1f} GB)")
+
+    more = []
+    for label, speeds, model in (
+        ("125M", rows, "125m"),
+        ("360M", rows, "360m"),
+        ("760M", rows, "760m"),
+        ("125M, trained", trained, "125m"),
+    ):
+        search = {}
+        for mode in ("off", "paper", "tight"):
+            run = speeds[model, 16384, mode]
+            ms = [
+                run["profile_step_ms"] * run["attention_parts"][f"attention {part}"] for part in ("forward", "dQ", "dK, dV", "ranges, sums")
+            ]
+            page.row("| step | forward", f"{label}, `{mode}`", [run["profile_step_ms"], *ms, 100 * run["attention_share"]])
+            search[mode] = ms[-1]
+        more.append(100 * (search["tight"] - search["paper"]) / sum(ms))
+    page.says(f"{span(more[:3], '.1f')}% of attention more than that of `paper`, {more[3]:.0f}% in the trained model")
 
 
 def check_attention(page):
@@ -276,15 +285,17 @@ def check_attention(page):
         row += [ms[who][way] for who in ("cudnn", "ours off") for way in ("forward", "backward")]
         page.row("shape | official ACP", labels[shape["name"]], row)
         ratios[shape["name"]] = ratio
-    shapes = {shape["name"]: shape["ratios"] for shape in read("attention_peers_h200")["shapes"]}
-    for mode in ("paper", "tight"):
+    shapes = {shape["name"]: shape["ratios"] for shape in read("attention_peers_h100")["shapes"]}
+    for mode, form in (("paper", "`paper` {} at 4k to 64k, {} at D = 128, {} on trained gates"), ("tight", "`tight` {}, {} and {}")):
         found = [f"{shapes[name][f'official acp / ours {mode}']:.2f}" for name in labels]
-        text = ", ".join(found[:5])
-        page.says(
-            f"`paper` {text} at 4k to 64k, {found[5]} at D = 128, {found[6]} on trained gates"
-            if mode == "paper"
-            else f"{text}, {found[5]} and {found[6]}"
-        )
+        page.says(form.format(", ".join(found[:5]), *found[5:]))
+    for mode, form in (("paper", "with `paper` takes {} times"), ("tight", "`tight` {} times")):
+        found = [ratios[name][f"ours {mode} / (off x kept)"] for name in ("16k", "32k", "64k", "16k-d128")]
+        page.says(form.format(span(found, ".2f")))
+    found = [ratios["trained"][f"ours {mode} / (off x kept)"] for mode in ("paper", "tight")]
+    page.says(f"it is {found[0]:.2f} times (`paper`) and {found[1]:.2f} (`tight`)")
+    forward, backward = ([1 / ratios[name][f"cudnn / ours off, {way}"] for name in ("16k", "16k-d128")] for way in ("forward", "backward"))
+    page.says(f"takes {forward[0]:.2f} and {forward[1]:.2f} times its time forward at 16k (D = 64, 128), {backward[0]:.2f} backward")
     spread = [ratio for name, ratio in ratios.items() if name != "trained"]
     return [[ratio[f"official acp / ours {mode}"] for ratio in spread] for mode in ("paper", "tight")], ratios["trained"]
 
@@ -333,7 +344,7 @@ def check_layers(page):
 
 
 def check_gpu(t):
-    page = Document(t, RESULTS / "gpu_h100.md")
+    page = Document(t, RESULTS / "gpu.md")
     check_whole_steps(page)
     ratios = check_attention(page)
     check_profile(page)
@@ -361,14 +372,9 @@ def check_gpu(t):
 
 def check_readme(t, ratios):
     page = Document(t, ROOT / "README.md", "## Measured")
-    for name, cases in (
-        ("throughput", (("125m", 4096), ("360m", 4096))),
-        ("speed", (("125m", 16384), ("125m", 65536), ("360m", 16384), ("760m", 4096), ("760m", 16384), ("760m", 32768))),
-    ):
-        rows = speeds_of(read(name)["rows"])
-        for model, context in cases:
-            label = f"{model.replace('m', 'M')}, T = {context:,}"
-            page.row("FoX (Pro) | official", label, against_official(rows, model, context), rows[model, context, "paper"]["commit"])
+    rows = speeds_of(read("throughput")["rows"])
+    for model, context in sorted({(model, context) for model, context, _ in rows if context != 8192}):
+        page.row("FoX (Pro) | official", f"{model.replace('m', 'M')}, T = {context:,}", against_official(rows, model, context))
     (paper, tight), trained = ratios
     page.says(f"is {span(paper, '.1f')} times as fast as the official kernel at the same threshold")
     page.says(
@@ -384,11 +390,9 @@ def check_readme(t, ratios):
         ("Transformer (Pro)", "transformer"),
     ):
         page.row("125M, 100M tokens", label, [runs[name]["tokens_per_s"], runs[name]["validation"][-1][1]])
-    longer = [run["validation"][-1][1] for run in read("quality_125m_warmup128")["runs"].values()]
-    page.says(f"`paper` and `tight` end at {longer[0]:.4f} and {longer[1]:.4f}")
-    weak = [run for run in read("scaling_4gpu")["runs"] if run["series"] == "weak"]
-    two, four = ([100 * run["ratio_to_one_gpu"] for run in weak if run["gpus"] == n] for n in (2, 4))
-    page.says(f"Two H100 train at {span(two, '.1f')}%, four at {span(four, '.1f')}%")
+    several = [run for run in read("scaling_4gpu")["runs"] if run["gpus"] > 1]
+    two, four = ([100 * run["ratio_to_one_gpu"] for run in several if run["gpus"] == n] for n in (2, 4))
+    page.says(f"Two H200 train at {span(two, '.1f')}%, four at {span(four, '.1f')}%")
     page.finish()
 
 
