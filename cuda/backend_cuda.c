@@ -568,7 +568,7 @@ static void copy_kept(Backend *b, FoxBuffer buffer, int64_t start, int64_t count
         if (from < end) {
             float *device = mine.device + (from - mine.start), *other = memory + (from - start);
             CUDA_CHECK(cudaMemcpyAsync(to_memory ? other : device, to_memory ? device : other, sizeof(float) * (size_t)(end - from),
-                                 cudaMemcpyDefault, cuda(b)->stream));
+                                       cudaMemcpyDefault, cuda(b)->stream));
         }
     }
 }
