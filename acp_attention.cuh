@@ -80,14 +80,23 @@ typedef struct AcpSaved {
     unsigned *next; /* [3], of each order: how far thread blocks that stay have come; 0 between launches */
 } AcpSaved;
 
+/* tight, what is known of a head of a sequence before the search. */
+typedef struct AcpSearch {
+    double threshold; /* the paper's; -INFINITY without QK-norm */
+    float most_q;     /* no |q_i| exceeds it; INFINITY without QK-norm */
+    bool wanted;      /* whether the paper's test leaves anything to gain */
+} AcpSearch;
+
 /* Shared by all layers. What finds the ranges and what backward needs lie in the same bytes: never both are needed. */
 typedef struct AcpWork {
     float2 *norms; /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
     /* tight */
-    float4 *keys;    /* [BH, blocks], of each key block: log W, max |k_j|, W, decay over the block */
-    float *key_sums; /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
-    float *log_mass; /* [BH, blocks], log of the decayed mass of all blocks before */
-    int *first_raw;  /* [BH, blocks], before the minimum over later blocks */
+    AcpSearch *heads; /* [BH] */
+    float *centre;    /* [BH, D], what keys have in common; below, keys are meant without it */
+    float4 *keys;     /* [BH, blocks], of each key block: log W, norm K, W, decay over the block */
+    float *key_sums;  /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
+    float *log_mass;  /* [BH, blocks], log of the decayed mass of all blocks before */
+    int *first_raw;   /* [BH, blocks], before the minimum over later blocks */
     /* backward */
     float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf from T to a multiple of 64 */
     float *delta;  /* [BH, padded], of each query dO.o plus what the row of dS, in float32, then lacks to a sum of 0; 0 as far */
@@ -128,6 +137,8 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     char *start = (char *)memory;
     AcpWork w;
     w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
+    w.heads = (AcpSearch *)acp_take(start, &used, BH, sizeof(AcpSearch));
+    w.centre = (float *)acp_take(start, &used, BH * shape->D, sizeof(float));
     w.keys = (float4 *)acp_take(start, &used, BH * blocks, sizeof(float4));
     w.key_sums = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
     w.log_mass = (float *)acp_take(start, &used, BH * blocks, sizeof(float));
@@ -322,6 +333,17 @@ static __device__ __forceinline__ float acp_block_max(float x, float *scratch) {
     return fmaxf(fmaxf(scratch[0], scratch[1]), fmaxf(scratch[2], scratch[3]));
 }
 
+/* Sum over a block of 128 threads. */
+static __device__ __forceinline__ float acp_block_sum(float x, float *scratch) {
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        scratch[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    return scratch[0] + scratch[1] + scratch[2] + scratch[3];
+}
+
 /* Largest norms of each block. grid (blocks, BH), 128 threads; reads Q and K once. */
 template <int D>
 static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
@@ -348,39 +370,141 @@ static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
     }
 }
 
-/* tight, what is known of each key block: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its largest norm,
+/* Factor of the bound U = scale max|q| max|k|, with norms or with QK-norm weights. */
+static inline double acp_bound_scale(int D, bool weights) {
+    return weights ? sqrt((double)D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)D);
+}
+
+struct AcpRanges {
+    AcpMode mode;
+    int T, H, D, blocks;
+    double scale, log_spread;     /* of U (acp_bound_scale); log_tolerance - log T */
+    const float *q_norm, *k_norm; /* NULL: work.norms */
+    bool shared_norm;
+    unsigned long long *skipped, *total; /* [H] or NULL */
+};
+
+/* Of one row, by the lanes of a warp: max|q| and max|k| where norms were measured, else max of both QK-norm weights. */
+static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, const AcpWork &work, int64_t bh, int h, int lane) {
+    float q = 0, k = 0;
+    int offset = r.shared_norm ? 0 : h * r.D;
+    for (int i = lane; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
+        float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
+                                       : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
+        q = fmaxf(q, norm.x);
+        k = fmaxf(k, norm.y);
+    }
+    return make_float2(warp_max(q), warp_max(k));
+}
+
+/* tight, whether the paper's test, with threshold delta, already leaves query block m no more than its own block and the
+ * one before. */
+static __device__ __forceinline__ bool acp_forgets_fast(const double *c, int m, double delta) {
+    return m < 2 || c[m * ACP_BLOCK] - c[(m - 1) * ACP_BLOCK - 1] < delta;
+}
+
+/* tight, work.heads and work.centre. grid (BH), 256 threads */
+template <int D>
+static __global__ void acp_heads_kernel(AcpInputs in, AcpRanges r, AcpSaved saved, AcpWork work) {
+    __shared__ float partial[256 * 8];
+    __shared__ AcpSearch head;
+    __shared__ int fast;
+    constexpr int LANES = D / 8, ROWS = 256 / LANES;
+    int64_t bh = blockIdx.x;
+    int tid = threadIdx.x, samples = min(in.T, 256);
+    float sum[8] = {0};
+    acp_begin();
+    if (tid == 0) {
+        head = {-INFINITY, INFINITY, false};
+        fast = 1;
+    }
+    if (tid < 32 && r.q_norm != NULL) {
+        float2 most = acp_largest_norms(r, work, bh, blockIdx.x % in.H, tid);
+        if (tid == 0) {
+            head.threshold = -2.0 * r.scale * (double)most.x * (double)most.y + r.log_spread;
+            head.most_q = most.x * (float)(sqrt((double)D) * ACP_ROUNDING);
+        }
+    }
+#pragma unroll 8
+    for (int s = tid / LANES; s < samples; s += ROWS) {
+        float k[8];
+        load8(k, in.k + acp_row<D>(bh, s * in.T / samples, in.T, in.H, in.stride) + tid % LANES * 8);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum[i] += k[i];
+        }
+    }
+    for (int i = 0; i < 8; i++) {
+        partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
+    }
+    __syncthreads();
+    if (tid < D) {
+        float total = 0;
+        for (int g = 0; g < ROWS; g++) {
+            total += partial[g * D + tid];
+        }
+        work.centre[bh * D + tid] = total / (float)samples;
+    }
+    for (int m = tid; m < in.blocks; m += 256) {
+        if (!acp_forgets_fast(saved.c + bh * in.T, m, head.threshold)) {
+            atomicMin(&fast, 0);
+        }
+    }
+    __syncthreads();
+    if (tid == 0) {
+        head.wanted = !fast;
+        work.heads[bh] = head;
+    }
+}
+
+/* tight, what is known of each key block: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its norm K (cpu/acp.h),
  * its decayed sum of keys. grid (blocks, BH), 128 threads; reads K once. */
 template <int D>
 static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work) {
-    __shared__ float weight[ACP_BLOCK], partial[128 * 8], scratch[4];
+    __shared__ float weight[ACP_BLOCK], norm[ACP_BLOCK], partial[128 * 8], scratch[4];
     constexpr int LANES = D / 8, ROWS = 128 / LANES;
     int64_t bh = blockIdx.y;
     int n = blockIdx.x, start = n * ACP_BLOCK, last = min(start + ACP_BLOCK, in.T) - 1, tid = threadIdx.x;
     const double *c = saved.c + bh * in.T;
     Bf16x8 keys[ACP_BLOCK / ROWS]; /* all on their way before the weights are waited for */
     acp_begin();
+    if (!work.heads[bh].wanted) {
+        return;
+    }
 #pragma unroll
     for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
         int t = min(start + g * ROWS + tid / LANES, last);
         keys[g] = load_raw8(in.k + acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8, true);
     }
+    float centre[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        centre[i] = work.centre[bh * D + tid % LANES * 8 + i];
+    }
     weight[tid] = start + tid <= last ? expf((float)(c[last] - c[start + tid])) : 0.0f;
     __syncthreads();
-    float sum[8] = {0}, k2 = 0;
+    float sum[8] = {0};
 #pragma unroll
     for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
-        float k[8], w = weight[g * ROWS + tid / LANES];
+        int row = g * ROWS + tid / LANES;
+        float k[8], w = weight[row];
         unpack8(k, keys[g]);
-        k2 = fmaxf(k2, acp_row_sum<D>(acp_dot8(k, k)));
 #pragma unroll
         for (int i = 0; i < 8; i++) {
+            k[i] -= centre[i];
             sum[i] = fmaf(w, k[i], sum[i]);
+        }
+        float k2 = acp_row_sum<D>(acp_dot8(k, k));
+        if (tid % LANES == 0) {
+            norm[row] = sqrtf(k2);
         }
     }
     for (int i = 0; i < 8; i++) {
         partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
     }
-    k2 = acp_block_max(k2, scratch);
+    __syncthreads();
+    float longest = acp_block_max(norm[tid], scratch), a = fmaxf(work.heads[bh].most_q * rsqrtf((float)D), 1e-6f);
+    float own = norm[tid] < longest ? weight[tid] * expf(a * (norm[tid] - longest)) : weight[tid];
     if (tid < D) {
         float total = 0;
         for (int g = 0; g < ROWS; g++) {
@@ -388,12 +512,10 @@ static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWo
         }
         work.key_sums[(bh * in.blocks + n) * D + tid] = total;
     }
-    if (tid < 32) {
-        float mass = warp_sum(weight[tid] + weight[tid + 32] + weight[tid + 64] + weight[tid + 96]);
-        if (tid == 0) {
-            float decay = n > 0 ? expf((float)(c[last] - c[start - 1])) : 0.0f;
-            work.keys[bh * in.blocks + n] = make_float4(logf(mass), sqrtf(k2), mass, decay);
-        }
+    float mass = acp_block_sum(weight[tid], scratch), mean = acp_block_sum(own, scratch) / mass;
+    if (tid == 0) {
+        float decay = n > 0 ? expf((float)(c[last] - c[start - 1])) : 0.0f;
+        work.keys[bh * in.blocks + n] = make_float4(logf(mass), longest + logf(fmaxf(mean, 1e-30f)) / a, mass, decay);
     }
 }
 
@@ -409,6 +531,9 @@ static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, in
     float *key_sums = work.key_sums + (int64_t)blockIdx.x * blocks * D + column;
     float mass = 0, sum = 0, decay = 1;
     acp_begin();
+    if (!work.heads[blockIdx.x].wanted) {
+        return;
+    }
     auto fold = [&](float other_mass, float other_sum, float other_decay) {
         mass = mass * other_decay + other_mass;
         sum = sum * other_decay + other_sum;
@@ -453,7 +578,7 @@ static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, in
  * */
 template <int D>
 static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float log_budget) {
-    __shared__ float mean[D], scratch[4], upto;
+    __shared__ float mean[D], centre[D], scratch[4], upto;
     __shared__ int stop;
     constexpr int LANES = D / 8, ROWS = 128 / LANES;
     const float scale = rsqrtf((float)D);
@@ -462,10 +587,17 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
     int m = blockIdx.x, start = m * ACP_BLOCK, tid = threadIdx.x;
     const double *c = saved.c + bh * in.T;
     acp_begin();
-    double C = c[start];
+    double C = c[start], delta = work.heads[bh].threshold;
+    if (acp_forgets_fast(c, m, delta)) {
+        if (tid == 0) {
+            work.first_raw[at + m] = m == 0 ? 0 : C - c[start - 1] < delta ? m : m - 1;
+        }
+        return;
+    }
     float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.log_mass[at + m];
     if (tid < D) {
         mean[tid] = work.key_sums[(at + m) * D + tid];
+        centre[tid] = work.centre[bh * D + tid];
     }
     if (tid == 0) {
         stop = m;
@@ -489,6 +621,10 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
             float q[8], k[8];
             unpack8(q, queries[g]);
             unpack8(k, keys[g]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                k[i] -= centre[tid % LANES * 8 + i];
+            }
             float own = scale * acp_row_sum<D>(acp_dot8(q, k));
             float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
             q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
@@ -522,33 +658,6 @@ static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, Acp
     if (tid == 0) {
         work.first_raw[at + m] = stop;
     }
-}
-
-/* Factor of the bound U = scale max|q| max|k|, with norms or with QK-norm weights. */
-static inline double acp_bound_scale(int D, bool weights) {
-    return weights ? sqrt((double)D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)D);
-}
-
-struct AcpRanges {
-    AcpMode mode;
-    int T, H, D, blocks;
-    double scale, log_spread;     /* of U (acp_bound_scale); log_tolerance - log T */
-    const float *q_norm, *k_norm; /* NULL: work.norms */
-    bool shared_norm;
-    unsigned long long *skipped, *total; /* [H] or NULL */
-};
-
-/* Of one row, by the lanes of a warp: max|q| and max|k| where norms were measured, else max of both QK-norm weights. */
-static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, const AcpWork &work, int64_t bh, int h, int lane) {
-    float q = 0, k = 0;
-    int offset = r.shared_norm ? 0 : h * r.D;
-    for (int i = lane; i < (r.q_norm != NULL ? r.D : r.blocks); i += 32) {
-        float2 norm = r.q_norm == NULL ? work.norms[bh * r.blocks + i]
-                                       : make_float2(fabsf(r.q_norm[offset + i]), fabsf(r.k_norm[offset + i]));
-        q = fmaxf(q, norm.x);
-        k = fmaxf(k, norm.y);
-    }
-    return make_float2(warp_max(q), warp_max(k));
 }
 
 /* The paper's test: first key block, up to `high`, whose last key is not far enough behind the first query of block m. */
@@ -888,6 +997,7 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
     if (shape->mode == ACP_PAPER && ranges.q_norm == NULL) {
         acp_launch(early, acp_norms_kernel<D>, grid, 128, 0, stream, in, work.norms);
     } else if (shape->mode == ACP_TIGHT) {
+        acp_launch(early, acp_heads_kernel<D>, in.BH, 256, 0, stream, in, ranges, saved, work);
         acp_launch(early, acp_key_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work);
         acp_launch(early, acp_history_kernel, in.BH, 1024, 0, stream, in.blocks, D, work);
         float log_budget = (float)(shape->log_tolerance - 0.02); /* the same allowance for float32 as in cpu/acp.h */

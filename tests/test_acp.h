@@ -12,6 +12,7 @@ typedef struct PruningCase {
     float *q, *k;
     double *c;
     double U, log_tolerance; /* U bounds the logits */
+    AcpNorms most;           /* what the tight test is told */
     int block_q, block_k;
 } PruningCase;
 
@@ -89,7 +90,8 @@ static void normalise(PruningCase *p, uint64_t seed) {
             }
         }
     }
-    p->U = acp_bound_qk_norm(weights, weights + D, D);
+    p->most = acp_norms_of_weights(weights, weights + D, D);
+    p->U = acp_bound(p->most, D);
     free(weights);
 }
 
@@ -111,7 +113,11 @@ static void pruning_case_init(PruningCase *p, uint64_t seed) {
     if (pick(seed, &n, 2)) {
         normalise(p, seed);
     } else {
-        p->U = acp_bound_measured(&p->head);
+        p->most = acp_norms_measured(&p->head);
+        p->U = acp_bound(p->most, D);
+        if (seed % 2) { /* tight: nothing is known beforehand */
+            p->most.q = p->most.k = INFINITY;
+        }
     }
 }
 
@@ -188,7 +194,7 @@ static void pruning_case(Tests *t, uint64_t seed, PruningTotals *totals) {
             acp_first_blocks_paper(T, p.c, delta, p.block_q, p.block_k, first);
             check(t, same_as_definition(&p, delta, first), "case %d: ranges of the paper's test", (int)seed);
         } else {
-            acp_first_blocks_tight(head, p.log_tolerance, p.block_q, p.block_k, first);
+            acp_first_blocks_tight(head, p.most, p.log_tolerance, p.block_q, p.block_k, first);
         }
         check(t, same_pairs(&p, first), "case %d, mode %d: both views name the same blocks", (int)seed, mode);
         double gap = worst_pruned_mass(head, p.block_q, p.block_k, first, p.log_tolerance, 1);
@@ -228,8 +234,8 @@ static void test_threshold(Tests *t) {
     float q[8] = {3, 4, 0, 0, 1, 0, 0, 0}, k[8] = {0, 0, 0, 1, 0, 6, 8, 0};
     double c[2] = {-1, -2};
     AcpHead head = {2, 4, q, k, 4, c};
-    check(t, fabs(acp_bound_qk_norm(wq, wk, 4) - 3 * 2 * 2) <= 1e-12, "bound from the weights: max|wq| max|wk| sqrt(D)");
-    check(t, fabs(acp_bound_measured(&head) - 5.0 * 10 / 2) <= 1e-12, "measured bound: max|q| max|k| / sqrt(D)");
+    check(t, fabs(acp_bound(acp_norms_of_weights(wq, wk, 4), 4) - 3 * 2 * 2) <= 1e-12, "bound from the weights: max|wq| max|wk| sqrt(D)");
+    check(t, fabs(acp_bound(acp_norms_measured(&head), 4) - 5.0 * 10 / 2) <= 1e-12, "measured bound: max|q| max|k| / sqrt(D)");
     check(t, fabs(acp_threshold(8, 16384, -10) - (-16 - 14 * log(2) - 10)) <= 1e-12, "threshold: -2U - log T + log eps");
 }
 
@@ -270,11 +276,12 @@ static void test_trained_gates(Tests *t) {
                 c[i] = (double)raw[i];
             }
             AcpHead head = {T, D, q, k, D, c};
+            AcpNorms most = {sqrt((double)D), sqrt((double)D)};
             for (int mode = 0; mode < 2; mode++) {
                 if (mode == 0) {
-                    acp_first_blocks_paper(T, c, acp_threshold(acp_bound_measured(&head), T, -10), BLOCK, BLOCK, first);
+                    acp_first_blocks_paper(T, c, acp_threshold(acp_bound(most, D), T, -10), BLOCK, BLOCK, first);
                 } else {
-                    acp_first_blocks_tight(&head, -10, BLOCK, BLOCK, first);
+                    acp_first_blocks_tight(&head, most, -10, BLOCK, BLOCK, first);
                 }
                 kept[mode] += 1 - (double)acp_skipped_blocks(blocks, first) / causal;
                 worst[mode] = worst_pruned_mass(&head, BLOCK, BLOCK, first, -10, 1021);

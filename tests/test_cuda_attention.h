@@ -291,13 +291,17 @@ static void attention_check_ranges(Tests *t, const AttentionCase *a, const char 
     int T = a->shape.T, D = a->shape.D, blocks = acp_blocks(T, ACP_TEST_BLOCK), h = bh % a->shape.H,
         *bound = FOX_NEW(int, blocks);
     const int *first = a->first + (int64_t)bh * blocks;
-    double slack = 0, U = 0, tolerance = a->shape.log_tolerance;
+    double slack = 0, U = 0, tolerance = a->shape.log_tolerance, rounding = (1 + 1.0 / 128) * (1 + 1.0 / 128);
+    int64_t w = a->shape.shared_norm ? 0 : h * D;
+    AcpNorms most = {INFINITY, INFINITY}, measured = acp_norms_measured(head);
     bool same = true;
+    if (a->norms) {
+        most = acp_norms_of_weights(a->q_norm + w, a->k_norm + w, D);
+        most.q *= rounding;
+        check(t, measured.q <= most.q && acp_bound(measured, D) <= acp_bound(most, D), "%s: a logit may exceed its bound", name);
+    }
     if (a->shape.mode == ACP_PAPER) {
-        int64_t w = a->shape.shared_norm ? 0 : h * D;
-        double rounding = (1 + 1.0 / 128) * (1 + 1.0 / 128);
-        U = a->norms ? acp_bound_qk_norm(a->q_norm + w, a->k_norm + w, D) * rounding : acp_bound_measured(head);
-        check(t, acp_bound_measured(head) <= U, "%s: a logit may exceed its bound", name);
+        U = acp_bound(a->norms ? most : measured, D);
         slack = a->norms ? 1e-6 : 1e-6 + 1e-4 * U;
     } else if (a->shape.mode == ACP_TIGHT) {
         slack = 0.01;
@@ -308,7 +312,7 @@ static void attention_check_ranges(Tests *t, const AttentionCase *a, const char 
             acp_first_blocks_paper(T, head->c, acp_threshold(U, T, tolerance) + side * slack, ACP_TEST_BLOCK,
                                    ACP_TEST_BLOCK, bound);
         } else if (a->shape.mode == ACP_TIGHT) {
-            acp_first_blocks_tight(head, tolerance + side * slack, ACP_TEST_BLOCK, ACP_TEST_BLOCK, bound);
+            acp_first_blocks_tight(head, most, tolerance + side * slack, ACP_TEST_BLOCK, ACP_TEST_BLOCK, bound);
         }
         for (int m = 0; m < blocks; m++) {
             same = same && (side < 0 ? first[m] >= bound[m] : first[m] <= bound[m]);

@@ -120,7 +120,7 @@ static void compare_head(const Case &c, int bh, const int *first, Errors *errors
 }
 
 /* The ranges of a head are those of cpu/acp.h, but for a block where float32 rounds the tight bound the other way. */
-static void check_ranges(Tests *t, const Case &c, const char *what, int bh, const int *first, const int *last) {
+static void check_ranges(Tests *t, const Case &c, const char *what, int bh, AcpNorms most, const int *first, const int *last) {
     int T = c.shape.T, D = c.shape.D, blocks = acp_num_blocks(&c.shape), apart = 0, wrong = 0;
     std::vector<int> expected((size_t)blocks, 0), expected_last((size_t)blocks);
     std::vector<float> q = input_of(c, bh, 0), k = input_of(c, bh, 1);
@@ -130,10 +130,10 @@ static void check_ranges(Tests *t, const Case &c, const char *what, int bh, cons
     decay += (int64_t)bh * T;
     AcpHead head = {T, D, q.data(), k.data(), D, decay};
     if (c.shape.mode == ACP_PAPER) {
-        double delta = acp_threshold(sqrt((double)D) * ACP_ROUNDING, T, c.shape.log_tolerance);
+        double delta = acp_threshold(acp_bound(most, D), T, c.shape.log_tolerance);
         acp_first_blocks_paper(T, decay, delta, ACP_BLOCK, ACP_BLOCK, expected.data());
     } else if (c.shape.mode == ACP_TIGHT) {
-        acp_first_blocks_tight(&head, c.shape.log_tolerance, ACP_BLOCK, ACP_BLOCK, expected.data());
+        acp_first_blocks_tight(&head, most, c.shape.log_tolerance, ACP_BLOCK, ACP_BLOCK, expected.data());
     }
     acp_last_blocks(T, ACP_BLOCK, ACP_BLOCK, first, expected_last.data());
     for (int m = 0; m < blocks; m++) {
@@ -168,7 +168,8 @@ static void test_case(Tests *t, int B, int T, int H, int D, AcpMode mode, bool p
     int blocks = acp_num_blocks(&c.shape);
     unsigned long long kept = 0, all = (unsigned long long)(blocks * (blocks + 1) / 2);
     for (int bh = 0; bh < B * H; bh++) {
-        check_ranges(t, c, what, bh, first + bh * blocks, last + bh * blocks);
+        AcpNorms most = {sqrt((double)D) * ACP_ROUNDING, sqrt((double)D)};
+        check_ranges(t, c, what, bh, most, first + bh * blocks, last + bh * blocks);
         compare_head(c, bh, first + bh * blocks, &errors);
         for (int m = 0; m < blocks; m++) {
             skipped[(size_t)(bh % H)] += (unsigned long long)first[bh * blocks + m];
@@ -187,6 +188,47 @@ static void test_case(Tests *t, int B, int T, int H, int D, AcpMode mode, bool p
     }
     printf("%s: %llu of %llu blocks kept\n", what, kept, (unsigned long long)(B * H) * all);
     fflush(stdout);
+}
+
+/* The search of `tight` alone, of heads that forget fast and slowly, one after the other: keys with much in common and some
+ * ten times as long. weights: the largest norms are known beforehand. */
+static void test_search(Tests *t, int T, int D, bool weights) {
+    const int H = 6;
+    char what[100];
+    snprintf(what, sizeof what, "search, T %d D %d, norms %s", T, D, weights ? "known" : "unknown");
+    Case c = make_case(1, T, H, D, ACP_TIGHT, false, 0, (uint64_t)T);
+    AcpNorms longest = {0, 0};
+    for (int i = 0; i < T * H; i++) {
+        int token = i / H, h = i % H;
+        bool reset = h == H - 1 && fox_random(3, (uint64_t)i) % 500 == 0;
+        double gate = reset ? -30 : 1.5 * h - 3 + fox_normal(4, (uint64_t)i), q2 = 0, k2 = 0;
+        double size = fox_random(5, (uint64_t)i) % 200 == 0 ? 5 : 0.5;
+        c.log_f[(size_t)(h * T + token)] = (float)-log1p(exp(-gate));
+        for (int j = 0; j < D; j++) {
+            size_t at = (size_t)token * (size_t)c.stride + (size_t)(h * D + j);
+            double common = h % 2 ? fox_normal(6, (uint64_t)j) : 0;
+            c.qkv[at] = bits_of(fox_normal(7, (uint64_t)(i * D + j)) + common / 2);
+            c.qkv[at + (size_t)c.width] = bits_of(common + size * fox_normal(8, (uint64_t)(i * D + j)));
+            q2 += pow(value_of(c.qkv[at]), 2);
+            k2 += pow(value_of(c.qkv[at + (size_t)c.width]), 2);
+        }
+        longest.q = fmax(longest.q, sqrt(q2));
+        longest.k = fmax(longest.k, sqrt(k2));
+    }
+    std::vector<float> wq((size_t)D, (float)(longest.q / sqrt(D))), wk((size_t)D, (float)(longest.k / sqrt(D)));
+    AcpNorms known = {longest.q * ACP_ROUNDING, longest.k}, unknown = {INFINITY, INFINITY};
+    std::vector<uint16_t> o(c.o.size());
+    acp_attention_forward(&c.shape, (bf16 *)o.data(), c.lse.data(), c.saved.data(), c.work.data(), NULL, c.input(0), c.input(1),
+                          c.input(2), c.stride, c.log_f.data(), weights ? wq.data() : NULL, weights ? wk.data() : NULL, 0);
+    const double *decay;
+    const int *first, *last;
+    acp_saved_views(&c.shape, c.saved.data(), &decay, &first, &last);
+    int blocks = acp_num_blocks(&c.shape);
+    for (int h = 0; h < H; h++) {
+        check_ranges(t, c, what, h, weights ? known : unknown, first + h * blocks, last + h * blocks);
+        printf("%s, head %d: %lld of %lld blocks skipped\n", what, h, (long long)acp_skipped_blocks(blocks, first + h * blocks),
+               (long long)acp_causal_blocks(T, ACP_BLOCK, ACP_BLOCK));
+    }
 }
 
 /* Thread blocks start longest first (to a 64th of the longest there can be), and otherwise in order; of each kind of tiles
@@ -238,6 +280,10 @@ int main(void) {
         }
     }
     test_case(&t, 1, 700, 1, 64, ACP_PAPER, false, -1);
+    for (int weights = 0; weights < 2; weights++) {
+        test_search(&t, 2500, 64, weights != 0);
+        test_search(&t, 1100, 128, weights != 0);
+    }
     printf("%d passed, %d failed\n", t.passed, t.failed);
     return t.failed > 0;
 }

@@ -262,10 +262,11 @@ static void attention_case(Tests *t, int T, int D, int gates, AcpMode acp, uint6
     }
     forget_gate_forward(c, f, bias, 1, T, 1);
     AcpHead head = {T, D, q, k, D, c};
+    AcpNorms most = acp_norms_measured(&head);
     if (acp == ACP_PAPER) {
-        acp_first_blocks_paper(T, c, acp_threshold(acp_bound_measured(&head), T, -10), FOX_BLOCK, FOX_BLOCK, first);
+        acp_first_blocks_paper(T, c, acp_threshold(acp_bound(most, D), T, -10), FOX_BLOCK, FOX_BLOCK, first);
     } else if (acp == ACP_TIGHT) {
-        acp_first_blocks_tight(&head, -10, FOX_BLOCK, FOX_BLOCK, first);
+        acp_first_blocks_tight(&head, most, -10, FOX_BLOCK, FOX_BLOCK, first);
     }
     *skipped += (double)acp_skipped_blocks(blocks, first);
     *total += (double)acp_causal_blocks(T, FOX_BLOCK, FOX_BLOCK);
