@@ -8,7 +8,7 @@
 #   GPUS="0 1" scripts/run_quality_125m.sh data           on these GPUs (all), a run on each, side by side
 #
 #   model    fox-pro-125m, transformer-pro-125m
-#   tokens   $TOKENS (100e6) a run: 762 steps of 131,072; about 1e17 floating-point operations each
+#   tokens   $TOKENS (100.1e6) a run: 763 steps of 131,072; about 1e17 floating-point operations each
 #   recipe   AdamW, peak rate 3e-4, 128 steps of warm-up, cosine to 0. Where the rate is much larger, or at its peak while the loss
 #            leaves its first plateau (32 steps), runs that differ in rounding alone drift apart, at worst as much as seeds do
 #   time     tokens / (tokens/s of the machine): an H200 trained at 556,675 tokens/s with `paper`, at 247,540 without pruning
@@ -45,7 +45,7 @@ compare() {
     local json=$1
     shift
     "$python" dev/compare_training.py --out "$json" --keep "$keep" --data "$data" --model fox-pro-125m -T 16384 --batch-tokens 131072 \
-        --micro-batch 2 --tokens "${TOKENS:-100e6}" --lr 3e-4 --warmup-steps 128 --val-every 80 "$@"
+        --micro-batch 2 --tokens "${TOKENS:-100.1e6}" --lr 3e-4 --warmup-steps 128 --val-every 80 "$@"
 }
 # train PLACE RUN [options]: into $out.RUN.json, on the GPU of this place among $gpus. The first run that fails removes the file
 # $going and says so; without it none starts.
