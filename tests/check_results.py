@@ -235,10 +235,9 @@ def check_whole_steps(page):
     memory = [rows["760m", 16384, who]["memory_bytes"] / 1e9 for who in ("off", "official paper")]
     page.says(f"T = 16,384, 32,768 tokens: {memory[0]:.1f} GB (the official program: {memory[1]:.1f} GB)")
 
-    h100 = speeds_of(read("throughput_h100")["rows"])
-    for model, context in {(model, context) for model, context, _ in h100}:
-        page.row("model, context", f"{model.replace('m', 'M')}, {context:,}", against_official(h100, model, context))
-    page.says(f"{rate(h100['760m', 32768, 'off']):,.0f} against {rate(h100['760m', 32768, 'official off']):,.0f} tokens/s")
+    h200 = speeds_of(read("throughput_h200")["rows"])
+    for model, context in {(model, context) for model, context, _ in h200}:
+        page.row("model, context", f"{model.replace('m', 'M')}, {context:,}", against_official(h200, model, context))
 
     trained = speeds_of(read("throughput")["rows"], "checkpoint")
     for context in (4096, 8192, 16384):
@@ -247,7 +246,7 @@ def check_whole_steps(page):
             row += [rate(trained["125m", context, mode]), gain(trained, "125m", context, mode)]
         page.row("context | `off`", f"{context:,}", row + share(trained, "125m", context) + saved(trained, "125m", context))
 
-    more = []
+    more, attention = [], {}
     for label, speeds, model in (
         ("125M", rows, "125m"),
         ("360M", rows, "360m"),
@@ -261,9 +260,10 @@ def check_whole_steps(page):
                 run["profile_step_ms"] * run["attention_parts"][f"attention {part}"] for part in ("forward", "dQ", "dK, dV", "ranges, sums")
             ]
             page.row("| step | forward", f"{label}, `{mode}`", [run["profile_step_ms"], *ms, 100 * run["attention_share"]])
-            search[mode] = ms[-1]
+            search[mode], attention[mode] = ms[-1], sum(ms)
         more.append(100 * (search["tight"] - search["paper"]) / sum(ms))
     page.says(f"{span(more[:3], '.1f')}% of attention more than that of `paper`, {more[3]:.0f}% in the trained model")
+    page.says(f"attention as a whole takes {100 - 100 * attention['tight'] / attention['paper']:.0f}% less time than with `paper`")
 
 
 def check_attention(page):
@@ -285,7 +285,7 @@ def check_attention(page):
         row += [ms[who][way] for who in ("cudnn", "ours off") for way in ("forward", "backward")]
         page.row("shape | official ACP", labels[shape["name"]], row)
         ratios[shape["name"]] = ratio
-    shapes = {shape["name"]: shape["ratios"] for shape in read("attention_peers_h100")["shapes"]}
+    shapes = {shape["name"]: shape["ratios"] for shape in read("attention_peers_h200")["shapes"]}
     for mode, form in (("paper", "`paper` {} at 4k to 64k, {} at D = 128, {} on trained gates"), ("tight", "`tight` {}, {} and {}")):
         found = [f"{shapes[name][f'official acp / ours {mode}']:.2f}" for name in labels]
         page.says(form.format(", ".join(found[:5]), *found[5:]))
@@ -301,25 +301,30 @@ def check_attention(page):
 
 
 def check_profile(page):
-    profile = read("profile_125m_16384")["profiles"]["paper"]
-    ms = {name: group["ms"] for name, group in profile["groups"].items()}
-    ms["nothing runs"] = profile["idle_ms"]
-    attention = ["attention forward", "attention dQ", "attention dK, dV", "attention ranges, sums"]
-    small = ["AdamW", "gradient norm", "embedding", "copies, fills"]
-    for label, names, each in (
-        ("matrix products", ["matrix products"], False),
-        ("attention: forward, dQ, dK and dV, ranges and sums", attention, True),
-        ("norms", ["norms"], False),
-        ("shift, QK-norm, gates", ["shift, QK-norm, gates"], False),
-        ("SwiGLU", ["SwiGLU"], False),
-        ("cross entropy", ["cross entropy"], False),
-        ("AdamW, gradient norm, embedding, copies", small, False),
-        ("nothing runs", ["nothing runs"], False),
+    profiles = [read("profile_760m_16384")["profiles"][name] for name in ("off", "paper", "official-off", "official-paper")]
+    left = [{name: group["ms"] for name, group in profile["groups"].items()} | {"nothing runs": profile["idle_ms"]} for profile in profiles]
+    attention = [sum(ms for name, ms in groups.items() if name.startswith("attention")) for groups in left]
+    for label, *names in (
+        ("matrix products",),
+        ("attention, forward", "attention forward"),
+        ("attention, dQ", "attention dQ"),
+        ("attention, dK and dV", "attention dK, dV"),
+        ("attention, ranges and sums", "attention ranges, sums"),
+        ("norms",),
+        ("shift, QK-norm, gates",),
+        ("SwiGLU",),
+        ("cross entropy",),
+        ("PyTorch elementwise",),
+        ("AdamW, gradient norm, embedding, copies, other", "AdamW", "gradient norm", "embedding", "copies, fills", "other"),
+        ("nothing runs",),
     ):
-        parts = [ms.pop(name) for name in names]
-        page.row(" | ms | share", label, [*(parts if each else [sum(parts)]), 100 * sum(parts) / profile["step_ms"]])
-    page.t.check(not ms, f"profile: groups that no row has: {list(ms)}")
-    page.says(f"{100 * profile['pruned']:.0f}% of the blocks skipped, {profile['step_ms']:.1f} ms a step under the profiler")
+        parts = [[groups.pop(name) for name in names or [label] if name in groups] for groups in left]
+        page.row("ms of a step", label, [sum(part) for part in parts if part])
+    page.t.check(not any(left), f"profile: groups that no row has: {left}")
+    steps = [profile["step_ms"] for profile in profiles]
+    page.row("ms of a step", "step", steps)
+    page.row("ms of a step", "attention's share", [100 * ms / step for ms, step in zip(attention, steps)])
+    page.says(f"{100 * profiles[1]['pruned']:.0f}% of the blocks skipped")
 
 
 def check_layers(page):
@@ -361,7 +366,9 @@ def check_gpu(t):
         worst[entry["quantity"]] = max(worst.get(entry["quantity"], 0), entry["ratio"])
     page.says(f"{checked['passed']:,} passed, {checked['failed']} failed")
     most = max(worst[name] for name in ("o", "dq", "dv"))
-    page.says(f"errors of o, dq, dv at most {most:.2f} times the official kernel's, of dk {worst['dk']:.2f}, of d log f {worst['dlog_f']:.2f}")
+    page.says(
+        f"errors of o, dq, dv at most {most:.2f} times the official kernel's, of dk {worst['dk']:.2f}, of d log f {worst['dlog_f']:.2f}"
+    )
     page.finish()
     return ratios
 
