@@ -322,26 +322,24 @@ static __device__ __forceinline__ float acp_dot8(const float a[8], const float b
     return sum;
 }
 
-/* Largest value of a block of 128 threads. */
-static __device__ __forceinline__ float acp_block_max(float x, float *scratch) {
-    x = warp_max(x);
+/* `combine` of what the four warps of a block have found, in their order; scratch: [4]. */
+template <typename Combine>
+static __device__ __forceinline__ float acp_of_warps(float x, float *scratch, Combine combine) {
     __syncthreads();
     if (threadIdx.x % 32 == 0) {
         scratch[threadIdx.x / 32] = x;
     }
     __syncthreads();
-    return fmaxf(fmaxf(scratch[0], scratch[1]), fmaxf(scratch[2], scratch[3]));
+    return combine(combine(combine(scratch[0], scratch[1]), scratch[2]), scratch[3]);
 }
 
-/* Sum over a block of 128 threads. */
+/* Largest value, and sum, over a block of 128 threads. */
+static __device__ __forceinline__ float acp_block_max(float x, float *scratch) {
+    return acp_of_warps(warp_max(x), scratch, [](float a, float b) { return fmaxf(a, b); });
+}
+
 static __device__ __forceinline__ float acp_block_sum(float x, float *scratch) {
-    x = warp_sum(x);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) {
-        scratch[threadIdx.x / 32] = x;
-    }
-    __syncthreads();
-    return scratch[0] + scratch[1] + scratch[2] + scratch[3];
+    return acp_of_warps(warp_sum(x), scratch, AcpAdd());
 }
 
 /* Largest norms of each block. grid (blocks, BH), 128 threads; reads Q and K once. */

@@ -231,10 +231,11 @@ static inline void acp_query_blocks(const AcpHead *head, const float *k, int blo
  * which only keeps more.
  *
  * Where the paper's test alone leaves no more than the diagonal's block and the one before it, there is hardly anything to
- * gain, and its answer stands: most heads of a trained model forget so fast.
+ * gain, and its answer stands.
  *
- * Backward uses the same ranges. It could use sharper ones, since it knows Z_i, but they keep hardly fewer blocks (0.2% of
- * all in 12,000 random and adversarial heads). The 0.02 covers float32 rounding of the same computation on the GPU.
+ * Backward uses the same ranges. It could use sharper ones, since it knows Z_i, but they kept hardly fewer blocks (0.2%
+ * of all in 12,000 random and adversarial heads, docs/results/cpu.md). The 0.02 covers float32 rounding of the same
+ * computation on the GPU.
  * most: what norms are known not to exceed before they are looked at, or INFINITY. first: [acp_blocks(T, block_q)]. */
 static inline void acp_first_blocks_tight(const AcpHead *head, AcpNorms most, double log_tolerance, int block_q, int block_k,
                                           int *first) {
