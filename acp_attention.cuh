@@ -55,6 +55,7 @@
 
 enum {
     ACP_BLOCK = 128,         /* queries, and keys, in a block: the grain of pruning */
+    ACP_SEARCHING = 5,       /* thread blocks of the search of `tight` on a multiprocessor */
     ACP_CHUNK = 2048,        /* steps that one thread block of a scan covers: 256 threads, 8 each */
     ACP_RANGES_SHARED = 20,  /* bytes of shared memory that the search for ranges needs for each block */
     ACP_MOST_BLOCKS = 11000, /* 1.4 million tokens; where shared memory is smaller fewer: acp_most_tokens */
@@ -80,23 +81,18 @@ typedef struct AcpSaved {
     unsigned *next; /* [3], of each order: how far thread blocks that stay have come; 0 between launches */
 } AcpSaved;
 
-/* tight, what is known of a head of a sequence before the search. */
-typedef struct AcpSearch {
-    double threshold; /* the paper's; -INFINITY without QK-norm */
-    float most_q;     /* no |q_i| exceeds it; INFINITY without QK-norm */
-    bool wanted;      /* whether the paper's test leaves anything to gain */
-} AcpSearch;
-
 /* Shared by all layers. What finds the ranges and what backward needs lie in the same bytes: never both are needed. */
 typedef struct AcpWork {
     float2 *norms; /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
     /* tight */
-    AcpSearch *heads; /* [BH] */
-    float *centre;    /* [BH, D], what keys have in common; below, keys are meant without it */
-    float4 *keys;     /* [BH, blocks], of each key block: log W, norm K, W, decay over the block */
-    float *key_sums;  /* [BH, blocks, D], sum_j w_j k_j; then the mean key of all blocks before */
-    float *log_mass;  /* [BH, blocks], log of the decayed mass of all blocks before */
-    int *first_raw;   /* [BH, blocks], before the minimum over later blocks */
+    float *most_q;     /* [BH], no |q_i| exceeds it; INFINITY without QK-norm */
+    float *centre;     /* [BH, D], what keys have in common; below, keys are meant without it */
+    int *queries;      /* [BH * blocks], list of the query blocks to search: row * blocks + block */
+    int *keys;         /* [BH * blocks], and of the key blocks that these need */
+    unsigned *listed;  /* [2], how many they are */
+    float2 *key_stats; /* [BH, blocks], of each key block: log W, norm K */
+    float *key_means;  /* [BH, blocks, D], sum_j w_j k_j / W */
+    int *first_raw;    /* [BH, blocks], before the minimum over later blocks */
     /* backward */
     float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf from T to a multiple of 64 */
     float *delta;  /* [BH, padded], of each query dO.o plus what the row of dS, in float32, then lacks to a sum of 0; 0 as far */
@@ -137,11 +133,13 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     char *start = (char *)memory;
     AcpWork w;
     w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
-    w.heads = (AcpSearch *)acp_take(start, &used, BH, sizeof(AcpSearch));
+    w.most_q = (float *)acp_take(start, &used, BH, sizeof(float));
     w.centre = (float *)acp_take(start, &used, BH * shape->D, sizeof(float));
-    w.keys = (float4 *)acp_take(start, &used, BH * blocks, sizeof(float4));
-    w.key_sums = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
-    w.log_mass = (float *)acp_take(start, &used, BH * blocks, sizeof(float));
+    w.queries = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    w.keys = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    w.listed = (unsigned *)acp_take(start, &used, 2, sizeof(unsigned));
+    w.key_stats = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
+    w.key_means = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
     w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
     int64_t forward = used;
     used = 0; /* the backward pass no longer needs what found the ranges */
@@ -206,6 +204,7 @@ struct AcpScan {
     const float *log_f, *dc;
     AcpSaved saved;
     float *dlog_f;
+    unsigned *listed; /* forward: work.listed, which becomes empty */
 };
 
 /* Element e of what is summed; backward they are counted from the end. */
@@ -244,6 +243,9 @@ static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
     int e0 = blockIdx.x * ACP_CHUNK, tid = threadIdx.x;
     double own = 0;
     acp_begin();
+    if (!BACKWARD && blockIdx.x == 0 && bh == 0 && tid < 2) {
+        s.listed[tid] = 0;
+    }
 #pragma unroll
     for (int i = tid; i < ACP_CHUNK; i += 256) {
         value(i) = acp_scan_value<BACKWARD>(s, bh, e0 + i);
@@ -395,34 +397,38 @@ static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, c
     return make_float2(warp_max(q), warp_max(k));
 }
 
-/* tight, whether the paper's test, with threshold delta, already leaves query block m no more than its own block and the
- * one before. */
-static __device__ __forceinline__ bool acp_forgets_fast(const double *c, int m, double delta) {
-    return m < 2 || c[m * ACP_BLOCK] - c[(m - 1) * ACP_BLOCK - 1] < delta;
-}
-
-/* tight, work.heads and work.centre. grid (BH), 256 threads */
+/* tight, first step: what is known of a head before its rows are read, and where there is something to gain. Fills
+ * work.most_q, centre, the lists, and first_raw of all query blocks that are in none: those whose range is no more than
+ * their own block and the one before by the paper's test alone. grid (BH), 256 threads */
 template <int D>
-static __global__ void acp_heads_kernel(AcpInputs in, AcpRanges r, AcpSaved saved, AcpWork work) {
+static __global__ void __launch_bounds__(256) acp_heads_kernel(AcpInputs in, AcpRanges r, AcpSaved saved, AcpWork work) {
     __shared__ float partial[256 * 8];
-    __shared__ AcpSearch head;
-    __shared__ int fast;
+    __shared__ double threshold;    /* the paper's; nothing is below it without QK-norm */
+    __shared__ int slow, beyond;    /* query blocks to search; past the last key block that they need */
+    __shared__ unsigned query, key; /* where they go in the lists */
     constexpr int LANES = D / 8, ROWS = 256 / LANES;
-    int64_t bh = blockIdx.x;
-    int tid = threadIdx.x, samples = min(in.T, 256);
-    float sum[8] = {0};
+    int bh = blockIdx.x, tid = threadIdx.x, samples = min(in.T, 256);
+    const double *c = saved.c + (int64_t)bh * in.T;
+    int *first = work.first_raw + (int64_t)bh * in.blocks;
     acp_begin();
     if (tid == 0) {
-        head = {-INFINITY, INFINITY, false};
-        fast = 1;
+        threshold = -INFINITY;
+        slow = beyond = 0;
     }
-    if (tid < 32 && r.q_norm != NULL) {
-        float2 most = acp_largest_norms(r, work, bh, blockIdx.x % in.H, tid);
+    if (tid < 32) {
+        float most_q = INFINITY;
+        if (r.q_norm != NULL) {
+            float2 most = acp_largest_norms(r, work, bh, bh % in.H, tid);
+            most_q = most.x * (float)(sqrt((double)D) * ACP_ROUNDING);
+            if (tid == 0) {
+                threshold = -2.0 * r.scale * (double)most.x * (double)most.y + r.log_spread;
+            }
+        }
         if (tid == 0) {
-            head.threshold = -2.0 * r.scale * (double)most.x * (double)most.y + r.log_spread;
-            head.most_q = most.x * (float)(sqrt((double)D) * ACP_ROUNDING);
+            work.most_q[bh] = most_q;
         }
     }
+    float sum[8] = {0};
 #pragma unroll 8
     for (int s = tid / LANES; s < samples; s += ROWS) {
         float k[8];
@@ -436,225 +442,243 @@ static __global__ void acp_heads_kernel(AcpInputs in, AcpRanges r, AcpSaved save
         partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
     }
     __syncthreads();
+    auto is_slow = [&](int m) {
+        return m >= 2 && !(c[m * ACP_BLOCK] - c[(m - 1) * ACP_BLOCK - 1] < threshold);
+    };
+    for (int m = tid; m < in.blocks; m += 256) {
+        if (is_slow(m)) {
+            atomicAdd(&slow, 1);
+            atomicMax(&beyond, m);
+        } else {
+            first[m] = m == 0 || c[m * ACP_BLOCK] - c[m * ACP_BLOCK - 1] < threshold ? m : m - 1;
+        }
+    }
     if (tid < D) {
         float total = 0;
         for (int g = 0; g < ROWS; g++) {
             total += partial[g * D + tid];
         }
-        work.centre[bh * D + tid] = total / (float)samples;
-    }
-    for (int m = tid; m < in.blocks; m += 256) {
-        if (!acp_forgets_fast(saved.c + bh * in.T, m, head.threshold)) {
-            atomicMin(&fast, 0);
-        }
+        work.centre[(int64_t)bh * D + tid] = total / (float)samples;
     }
     __syncthreads();
+    if (slow == 0) {
+        return;
+    }
     if (tid == 0) {
-        head.wanted = !fast;
-        work.heads[bh] = head;
+        query = atomicAdd(&work.listed[0], (unsigned)slow);
+        key = atomicAdd(&work.listed[1], (unsigned)beyond);
+    }
+    __syncthreads();
+    for (int m = tid; m < in.blocks; m += 256) { /* in any order: each is searched by itself */
+        if (is_slow(m)) {
+            work.queries[atomicAdd(&query, 1u)] = bh * in.blocks + m;
+        }
+        if (m < beyond) {
+            work.keys[key + (unsigned)m] = bh * in.blocks + m;
+        }
     }
 }
 
-/* tight, what is known of each key block: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its norm K (cpu/acp.h),
- * its decayed sum of keys. grid (blocks, BH), 128 threads; reads K once. */
+/* tight, what is known of each key block listed: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its norm K
+ * (cpu/acp.h), its decayed mean key. Reads their keys once. 128 threads; thread blocks share the list */
 template <int D>
-static __global__ void acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work) {
+static __global__ void __launch_bounds__(128, ACP_SEARCHING) acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work) {
     __shared__ float weight[ACP_BLOCK], norm[ACP_BLOCK], partial[128 * 8], scratch[4];
     constexpr int LANES = D / 8, ROWS = 128 / LANES;
-    int64_t bh = blockIdx.y;
-    int n = blockIdx.x, start = n * ACP_BLOCK, last = min(start + ACP_BLOCK, in.T) - 1, tid = threadIdx.x;
-    const double *c = saved.c + bh * in.T;
-    Bf16x8 keys[ACP_BLOCK / ROWS]; /* all on their way before the weights are waited for */
+    int tid = threadIdx.x;
     acp_begin();
-    if (!work.heads[bh].wanted) {
-        return;
-    }
+    unsigned listed = work.listed[1];
+    for (unsigned item = blockIdx.x; item < listed; item += gridDim.x) {
+        int at = work.keys[item], bh = at / in.blocks, start = at % in.blocks * ACP_BLOCK; /* never the last: a whole block */
+        const double *c = saved.c + (int64_t)bh * in.T + start;
+        const bf16 *k_rows = in.k + acp_row<D>(bh, start + tid / LANES, in.T, in.H, in.stride) + tid % LANES * 8;
+        Bf16x8 keys[8]; /* all on their way before the first is waited for */
+        auto load = [&](int r0) {
 #pragma unroll
-    for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
-        int t = min(start + g * ROWS + tid / LANES, last);
-        keys[g] = load_raw8(in.k + acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8, true);
-    }
-    float centre[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        centre[i] = work.centre[bh * D + tid % LANES * 8 + i];
-    }
-    weight[tid] = start + tid <= last ? expf((float)(c[last] - c[start + tid])) : 0.0f;
-    __syncthreads();
-    float sum[8] = {0};
-#pragma unroll
-    for (int g = 0; g < ACP_BLOCK / ROWS; g++) {
-        int row = g * ROWS + tid / LANES;
-        float k[8], w = weight[row];
-        unpack8(k, keys[g]);
+            for (int g = 0; g < 8; g++) {
+                keys[g] = load_raw8(k_rows + (r0 + g * ROWS) * in.stride, true);
+            }
+        };
+        load(0);
+        float centre[8], sum[8] = {0};
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            k[i] -= centre[i];
-            sum[i] = fmaf(w, k[i], sum[i]);
+            centre[i] = work.centre[(int64_t)bh * D + tid % LANES * 8 + i];
         }
-        float k2 = acp_row_sum<D>(acp_dot8(k, k));
-        if (tid % LANES == 0) {
-            norm[row] = sqrtf(k2);
-        }
-    }
-    for (int i = 0; i < 8; i++) {
-        partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
-    }
-    __syncthreads();
-    float longest = acp_block_max(norm[tid], scratch), a = fmaxf(work.heads[bh].most_q * rsqrtf((float)D), 1e-6f);
-    float own = norm[tid] < longest ? weight[tid] * expf(a * (norm[tid] - longest)) : weight[tid];
-    if (tid < D) {
-        float total = 0;
-        for (int g = 0; g < ROWS; g++) {
-            total += partial[g * D + tid];
-        }
-        work.key_sums[(bh * in.blocks + n) * D + tid] = total;
-    }
-    float mass = acp_block_sum(weight[tid], scratch), mean = acp_block_sum(own, scratch) / mass;
-    if (tid == 0) {
-        float decay = n > 0 ? expf((float)(c[last] - c[start - 1])) : 0.0f;
-        work.keys[bh * in.blocks + n] = make_float4(logf(mass), longest + logf(fmaxf(mean, 1e-30f)) / a, mass, decay);
-    }
-}
-
-/* tight, the history before each block: log of the decayed mass of all earlier keys, and their mean, which replaces
- * key_sums. A thread folds one stretch of blocks for one column: first alone, then from where those before it end.
- * grid (BH), 1024 threads */
-static __global__ void __launch_bounds__(1024) acp_history_kernel(int blocks, int D, AcpWork work) {
-    enum { AHEAD = 8 }; /* loads in flight */
-    __shared__ float sums[1024], masses[1024], decays[1024];
-    int stretches = 1024 / D, stretch = threadIdx.x / D, column = threadIdx.x % D;
-    int length = (blocks + stretches - 1) / stretches, begin = stretch * length, end = min(begin + length, blocks);
-    float4 *keys = work.keys + (int64_t)blockIdx.x * blocks;
-    float *key_sums = work.key_sums + (int64_t)blockIdx.x * blocks * D + column;
-    float mass = 0, sum = 0, decay = 1;
-    acp_begin();
-    if (!work.heads[blockIdx.x].wanted) {
-        return;
-    }
-    auto fold = [&](float other_mass, float other_sum, float other_decay) {
-        mass = mass * other_decay + other_mass;
-        sum = sum * other_decay + other_sum;
-        decay *= other_decay;
-    };
-#pragma unroll 8
-    for (int n = begin; n < end; n++) {
-        fold(keys[n].z, key_sums[n * D], keys[n].w);
-    }
-    masses[threadIdx.x] = mass;
-    sums[threadIdx.x] = sum;
-    decays[threadIdx.x] = decay;
-    __syncthreads();
-    mass = sum = 0;
-    for (int i = column; i < (int)threadIdx.x; i += D) {
-        fold(masses[i], sums[i], decays[i]);
-    }
-    for (int n0 = begin; n0 < end; n0 += AHEAD) {
-        float key_sum[AHEAD];
-        float4 key[AHEAD];
+        weight[tid] = expf((float)(c[ACP_BLOCK - 1] - c[tid]));
+        __syncthreads();
+        for (int r0 = 0; r0 < ACP_BLOCK; r0 += 8 * ROWS) {
+            if (r0 > 0) {
+                load(r0);
+            }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            key_sum[i] = key_sums[min(n0 + i, end - 1) * D];
-            key[i] = keys[min(n0 + i, end - 1)];
-        }
+            for (int g = 0; g < 8; g++) {
+                int row = r0 + g * ROWS + tid / LANES;
+                float k[8], w = weight[row];
+                unpack8(k, keys[g]);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (n0 + i < end) {
-                key_sums[(n0 + i) * D] = mass > 0 ? sum / mass : 0.0f;
-                if (column == 0) {
-                    work.log_mass[(int64_t)blockIdx.x * blocks + n0 + i] = logf(mass);
+                for (int i = 0; i < 8; i++) {
+                    k[i] -= centre[i];
+                    sum[i] = fmaf(w, k[i], sum[i]);
                 }
-                fold(key[i].z, key_sum[i], key[i].w);
+                float k2 = acp_row_sum<D>(acp_dot8(k, k));
+                if (tid % LANES == 0) {
+                    norm[row] = sqrtf(k2);
+                }
             }
         }
+        for (int i = 0; i < 8; i++) {
+            partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
+        }
+        __syncthreads();
+        float longest = acp_block_max(norm[tid], scratch), a = fmaxf(work.most_q[bh] * rsqrtf((float)D), 1e-6f);
+        float own = norm[tid] < longest ? weight[tid] * expf(a * (norm[tid] - longest)) : weight[tid];
+        float W = acp_block_sum(weight[tid], scratch), mean = acp_block_sum(own, scratch) / W;
+        if (tid < D) {
+            float total = 0;
+            for (int g = 0; g < ROWS; g++) {
+                total += partial[g * D + tid];
+            }
+            work.key_means[(int64_t)at * D + tid] = total / W;
+        }
+        if (tid == 0) {
+            work.key_stats[at] = make_float2(logf(W), longest + logf(fmaxf(mean, 1e-30f)) / a);
+        }
+        __syncthreads();
     }
 }
 
-/* tight, the range of each query block. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its
- * own key and, by Jensen's inequality, of the history; rho = max_i (c_i - c_start - L_i). Then whole key blocks are
- * given up from the left while their bounds sum to less than eps. grid (blocks, BH), 128 threads; reads Q and K once.
- * */
+/* tight, the range of each query block listed. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its
+ * own key and, by Jensen's inequality, of the history, all keys before the block (but for those of less than e^-25 of a
+ * key's weight); rho = max_i (c_i - c_start - L_i). Then whole key blocks are given up from the left while their bounds sum
+ * to less than eps. Reads their queries and keys once. 128 threads; thread blocks share the list */
 template <int D>
-static __global__ void acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float log_budget) {
-    __shared__ float mean[D], centre[D], scratch[4], upto;
+static __global__ void __launch_bounds__(128, ACP_SEARCHING)
+    acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float log_budget) {
+    constexpr int LANES = D / 8, ROWS = 128 / LANES, COLUMNS = D / 4, GROUPS = 128 / COLUMNS, AHEAD = 4;
+    __shared__ float mean[D], centre[D], masses[GROUPS], scratch[4], upto;
+    __shared__ float4 sums[128];
     __shared__ int stop;
-    constexpr int LANES = D / 8, ROWS = 128 / LANES;
     const float scale = rsqrtf((float)D);
-    int64_t bh = gridDim.y - 1 - blockIdx.y,
-            at = bh * in.blocks; /* the last keys that were read may still be in cache */
-    int m = blockIdx.x, start = m * ACP_BLOCK, tid = threadIdx.x;
-    const double *c = saved.c + bh * in.T;
+    int tid = threadIdx.x;
     acp_begin();
-    double C = c[start], delta = work.heads[bh].threshold;
-    if (acp_forgets_fast(c, m, delta)) {
-        if (tid == 0) {
-            work.first_raw[at + m] = m == 0 ? 0 : C - c[start - 1] < delta ? m : m - 1;
-        }
-        return;
-    }
-    float gap = start > 0 ? (float)(C - c[start - 1]) : 0.0f, log_mass = work.log_mass[at + m];
-    if (tid < D) {
-        mean[tid] = work.key_sums[(at + m) * D + tid];
-        centre[tid] = work.centre[bh * D + tid];
-    }
-    if (tid == 0) {
-        stop = m;
-        upto = 0;
-    }
-    __syncthreads();
-    float rho = -INFINITY, q2 = 0;
-    for (int r0 = tid / LANES; r0 < ACP_BLOCK; r0 += 8 * ROWS) {
-        Bf16x8 queries[8], keys[8]; /* all on their way before the first is waited for */
-        double gates[8];
+    unsigned listed = work.listed[0];
+    for (unsigned item = blockIdx.x; item < listed; item += gridDim.x) {
+        /* from the end of the list: the last keys that were read may still be in cache */
+        int at = work.queries[listed - 1 - item], bh = at / in.blocks, m = at % in.blocks, start = m * ACP_BLOCK;
+        const double *c = saved.c + (int64_t)bh * in.T;
+        const float2 *stats = work.key_stats + at - m; /* of this head, as are the means */
+        const float4 *means = reinterpret_cast<const float4 *>(work.key_means + (int64_t)(at - m) * D) + tid % COLUMNS;
+        const float *lifts = saved.lift + (int64_t)at * ACP_BLOCK;
+        double C = c[start], before = c[start - 1];
+        Bf16x8 queries[4], keys[4]; /* all on their way before the first is waited for */
+        float lift[4];
+        auto load = [&](int r0) {
 #pragma unroll
-        for (int g = 0; g < 8; g++) {
-            int t = min(start + r0 + g * ROWS, in.T - 1); /* rows beyond the end repeat the last */
-            int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
-            queries[g] = load_raw8(in.q + row, true);
-            keys[g] = load_raw8(in.k + row, true);
-            gates[g] = c[t];
-        }
-#pragma unroll
-        for (int g = 0; g < 8; g++) {
-            float q[8], k[8];
-            unpack8(q, queries[g]);
-            unpack8(k, keys[g]);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                k[i] -= centre[tid % LANES * 8 + i];
+            for (int g = 0; g < 4; g++) {
+                int t = min(start + r0 + g * ROWS + tid / LANES, in.T - 1); /* rows beyond the end repeat the last */
+                int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
+                queries[g] = load_raw8(in.q + row, true);
+                keys[g] = load_raw8(in.k + row, true);
+                lift[g] = lifts[t - start];
             }
-            float own = scale * acp_row_sum<D>(acp_dot8(q, k));
-            float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
-            q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
-            float decay = (float)(gates[g] - C), history = decay + gap + log_mass + past;
-            float high = fmaxf(own, history), low = fminf(own, history);
-            rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
+        };
+        load(0);
+        /* the history: every group of threads takes every GROUPS-th block, from the nearest on */
+        float4 sum = make_float4(0, 0, 0, 0);
+        float mass = 0;
+        for (int n0 = m - 1 - tid / COLUMNS; n0 >= 0; n0 -= AHEAD * GROUPS) {
+            float4 key[AHEAD];
+            float weight[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                int n = max(n0 - i * GROUPS, 0);
+                key[i] = means[(int64_t)n * COLUMNS];
+                weight[i] = n0 - i * GROUPS >= 0 ? (float)(before - c[n * ACP_BLOCK + ACP_BLOCK - 1]) + stats[n].x : -INFINITY;
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                float w = __expf(weight[i]);
+                mass += w;
+                sum.x = fmaf(w, key[i].x, sum.x);
+                sum.y = fmaf(w, key[i].y, sum.y);
+                sum.z = fmaf(w, key[i].z, sum.z);
+                sum.w = fmaf(w, key[i].w, sum.w);
+            }
+            if (weight[AHEAD - 1] < -25.0f) {
+                break; /* the blocks before weigh less still */
+            }
         }
-    }
-    rho = acp_block_max(rho, scratch);
-    float norm = sqrtf(acp_block_max(q2, scratch));
-    for (int n0 = 0; n0 < stop; n0 += ACP_BLOCK) {
-        int n = n0 + tid;
-        float mass = 0, spent = upto;
-        if (n < m) {
-            float4 key = work.keys[at + n];
-            mass = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y - log_budget);
+        sums[tid] = sum;
+        if (tid % COLUMNS == 0) {
+            masses[tid / COLUMNS] = mass;
         }
-        spent += acp_block_scan(mass, scratch, AcpAdd());
-        if (!(spent <= 1.0f)) { /* in units of the budget, which may itself be too small for float32 */
-            atomicMin(&stop, n);
+        if (tid == 0) {
+            stop = m;
+            upto = 0;
         }
         __syncthreads();
-        if (stop < m) {
-            break;
+        mass = 0;
+        for (int g = 0; g < GROUPS; g++) {
+            mass += masses[g];
         }
-        if (tid == ACP_BLOCK - 1) {
-            upto = spent;
+        if (tid < D) {
+            float total = 0;
+            for (int g = 0; g < GROUPS; g++) {
+                total += reinterpret_cast<const float *>(sums)[g * D + tid];
+            }
+            mean[tid] = total / mass;
+            centre[tid] = work.centre[(int64_t)bh * D + tid];
         }
         __syncthreads();
-    }
-    if (tid == 0) {
-        work.first_raw[at + m] = stop;
+        float gap = (float)(C - before) + logf(mass), rho = -INFINITY, q2 = 0;
+        for (int r0 = 0; r0 < ACP_BLOCK; r0 += 4 * ROWS) {
+            if (r0 > 0) {
+                load(r0);
+            }
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+                float q[8], k[8];
+                unpack8(q, queries[g]);
+                unpack8(k, keys[g]);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    k[i] -= centre[tid % LANES * 8 + i];
+                }
+                float own = scale * acp_row_sum<D>(acp_dot8(q, k));
+                float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
+                q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
+                float decay = -(float)ACP_LN2 * lift[g], history = decay + gap + past;
+                float high = fmaxf(own, history), low = fminf(own, history);
+                rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
+            }
+        }
+        rho = acp_block_max(rho, scratch);
+        float norm = sqrtf(acp_block_max(q2, scratch));
+        for (int n0 = 0; n0 < stop; n0 += ACP_BLOCK) {
+            int n = n0 + tid;
+            float lost = 0, spent = upto;
+            if (n < m) {
+                float2 key = stats[n];
+                lost = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y - log_budget);
+            }
+            spent += acp_block_scan(lost, scratch, AcpAdd());
+            if (!(spent <= 1.0f)) { /* in units of the budget, which may itself be too small for float32 */
+                atomicMin(&stop, n);
+            }
+            __syncthreads();
+            if (stop < m) {
+                break;
+            }
+            if (tid == ACP_BLOCK - 1) {
+                upto = spent;
+            }
+            __syncthreads();
+        }
+        if (tid == 0) {
+            work.first_raw[at] = stop;
+        }
+        __syncthreads();
     }
 }
 
@@ -919,13 +943,13 @@ static bool acp_on_hopper(const AcpShape *shape) {
     return !shape->portable && kernel.ptxVersion == 90 && kernel.numRegs >= 100;
 }
 
-/* How many thread blocks stay until all `tiles` are taken: one for each multiprocessor of this device, if there are as
+/* How many thread blocks stay until all `tiles` are taken: `each` for each multiprocessor of this device, if there are as
  * many tiles. */
-static unsigned acp_staying(int tiles) {
+static unsigned acp_staying(int tiles, int each) {
     int device, processors;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    return (unsigned)(tiles < processors ? tiles : processors);
+    return (unsigned)(tiles < each * processors ? tiles : each * processors);
 }
 
 /* The order of thread blocks for the kernels that follow, in forward and backward. */
@@ -947,7 +971,7 @@ static void acp_run_forward(const AcpShape *shape, const AcpForward &args, cudaS
     using Traits = HopperForward<D>;
     acp_run_order(args.in, args.saved, true, Traits::QUERIES, HopperDkdv<D>::KEYS, HopperDq<D>::QUERIES, stream);
     int tiles = (args.in.T + Traits::QUERIES - 1) / Traits::QUERIES;
-    acp_launch(true, hopper_forward_kernel<D>, acp_staying(args.in.BH * tiles), Traits::THREADS,
+    acp_launch(true, hopper_forward_kernel<D>, acp_staying(args.in.BH * tiles, 1), Traits::THREADS,
                sizeof(HopperForwardShared<D>), stream, hopper_forward_args<D>(shape, args));
 }
 
@@ -971,7 +995,7 @@ static void acp_run_dkdv(const AcpShape *shape, const AcpBackward &args, cudaStr
         return;
     }
     int tiles = (args.in.T + HopperDkdv<D>::KEYS - 1) / HopperDkdv<D>::KEYS;
-    acp_launch(true, hopper_dkdv_kernel<D>, acp_staying(args.in.BH * tiles), HopperDkdv<D>::THREADS,
+    acp_launch(true, hopper_dkdv_kernel<D>, acp_staying(args.in.BH * tiles, 1), HopperDkdv<D>::THREADS,
                sizeof(HopperDkdvShared<D>), stream, hopper_backward_args<D>(shape, args));
 }
 
@@ -995,11 +1019,11 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
     if (shape->mode == ACP_PAPER && ranges.q_norm == NULL) {
         acp_launch(early, acp_norms_kernel<D>, grid, 128, 0, stream, in, work.norms);
     } else if (shape->mode == ACP_TIGHT) {
-        acp_launch(early, acp_heads_kernel<D>, in.BH, 256, 0, stream, in, ranges, saved, work);
-        acp_launch(early, acp_key_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work);
-        acp_launch(early, acp_history_kernel, in.BH, 1024, 0, stream, in.blocks, D, work);
+        unsigned searching = acp_staying(in.BH * in.blocks, ACP_SEARCHING);
         float log_budget = (float)(shape->log_tolerance - 0.02); /* the same allowance for float32 as in cpu/acp.h */
-        acp_launch(early, acp_query_blocks_kernel<D>, grid, 128, 0, stream, in, saved, work, log_budget);
+        acp_launch(early, acp_heads_kernel<D>, in.BH, 256, 0, stream, in, ranges, saved, work);
+        acp_launch(early, acp_key_blocks_kernel<D>, searching, 128, 0, stream, in, saved, work);
+        acp_launch(early, acp_query_blocks_kernel<D>, searching, 128, 0, stream, in, saved, work, log_budget);
     }
     acp_launch(early, acp_ranges_kernel, in.BH, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved,
                work);
@@ -1059,7 +1083,7 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape), BH};
-    AcpScan scan = {in.T, in.blocks, log_f, NULL, saved, NULL};
+    AcpScan scan = {in.T, in.blocks, log_f, NULL, saved, NULL, work.listed};
     AcpRanges ranges = {shape->mode,
                         in.T,
                         in.H,
@@ -1094,7 +1118,7 @@ extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape), BH};
     AcpBackward args = {in, saved, work, dout, o, lse, dq, dk, dv};
-    AcpScan scan = {in.T, in.blocks, NULL, work.dc, saved, dlog_f};
+    AcpScan scan = {in.T, in.blocks, NULL, work.dc, saved, dlog_f, NULL};
     if (shape->D == 64) {
         acp_run_backward<64>(shape, args, stream);
     } else {

@@ -274,6 +274,12 @@ static Value atomicAdd(Value *p, Value x) {
     return old;
 }
 
+static inline int atomicMax(int *p, int x) {
+    int old = *p;
+    *p = x > old ? x : old;
+    return old;
+}
+
 static inline int atomicMin(int *p, int x) {
     int old = *p;
     *p = x < old ? x : old;
@@ -300,6 +306,10 @@ static inline float __uint_as_float(unsigned x) {
 
 static inline int min(int a, int b) {
     return a < b ? a : b;
+}
+
+static inline int max(int a, int b) {
+    return a > b ? a : b;
 }
 
 #endif
