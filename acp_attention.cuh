@@ -983,7 +983,7 @@ static void acp_run_dq(const AcpShape *shape, const AcpBackward &args, cudaStrea
         return;
     }
     int tiles = (args.in.T + HopperDq<D>::QUERIES - 1) / HopperDq<D>::QUERIES;
-    acp_launch(true, hopper_dq_kernel<D>, args.in.BH * tiles, HopperDq<D>::THREADS, sizeof(HopperDqShared<D>), stream,
+    acp_launch(true, hopper_dq_kernel<D>, acp_staying(args.in.BH * tiles, 1), HopperDq<D>::THREADS, sizeof(HopperDqShared<D>), stream,
                hopper_backward_args<D>(shape, args));
 }
 

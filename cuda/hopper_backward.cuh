@@ -11,8 +11,8 @@
  * atomic sums in memory. As it is, P and dS never leave the registers: they are made there as the left operands of what
  * follows. The first kernel also finds the row sums of dS, which correct delta for the second (see acp_attention.cuh).
  *
- * The thread blocks of the second stay and take one tile after the other. Those of the first end with their tile: what a
- * loop over tiles has to keep does not fit beside its accumulators. */
+ * Thread blocks stay and take one tile after the other. The first kernel has no register to spare beside its accumulators: what
+ * it needs of a tile before and after the loop over keys, it looks up twice. */
 #ifndef FOX_HOPPER_BACKWARD_CUH
 #define FOX_HOPPER_BACKWARD_CUH
 
@@ -67,20 +67,43 @@ template <int D>
 struct HopperDq {
     static constexpr int WARPGROUPS = 2, THREADS = (WARPGROUPS + 1) * HOPPER_WARPGROUP, REGISTERS = 240,
                          COPY_REGISTERS = 24;
-    static constexpr int QUERIES = 64 * WARPGROUPS, KEYS = 128, STAGES = D == 64 ? 4 : 2; /* keys per step */
-    static constexpr int TILE = QUERIES * D * 2, K_TILE = KEYS * D * 2;
+    static constexpr int QUERIES = 64 * WARPGROUPS, KEYS = ACP_BLOCK, STAGES = D == 64 ? 4 : 2; /* keys per step */
+    static constexpr int TILE = QUERIES * D * 2, K_TILE = KEYS * D * 2, BUFFERS = D == 64 ? 2 : 1; /* of queries */
     /* where registers allow it: dQ of one step under the weights of the next; on the diagonal only half of the keys for
      * the first queries */
     static constexpr bool OVERLAP = D == 64, HALVES = D == 64;
+    static_assert(QUERIES == ACP_BLOCK, "a tile has one range");
 };
 
 template <int D>
 struct alignas(1024) HopperDqShared {
     using Traits = HopperDq<D>;
-    unsigned char q[Traits::TILE], dout[Traits::TILE]; /* q: then dQ */
+    unsigned char q[Traits::BUFFERS][Traits::TILE], dout[Traits::BUFFERS][Traits::TILE]; /* q: then dQ */
     HopperKeys<D, Traits::KEYS, Traits::STAGES> keys;
-    uint64_t q_full;
+    HopperTiles<Traits::BUFFERS> tiles;
 };
+
+/* The producer, one thread: takes tile after tile, tells the others, and copies what they need, as far ahead as rings reach. */
+template <int D>
+static __device__ __forceinline__ void hopper_dq_copies(const HopperBackwardArgs &args, HopperDqShared<D> &shared) {
+    using Traits = HopperDq<D>;
+    const AcpInputs &in = args.p.in;
+    const AcpSaved &saved = args.p.saved;
+    for (int j = 0, step = 0;; j++) {
+        HopperTile t = shared.tiles.take(in, saved.order[2], saved.next + 2, Traits::QUERIES);
+        t.edge = t.bh < 0 ? 0 : saved.first[t.bh * in.blocks + t.start / ACP_BLOCK];
+        t.step = step;
+        shared.tiles.tell(j, t);
+        if (t.bh < 0) {
+            return;
+        }
+        uint64_t *there = shared.tiles.ring.announce(j, 2 * Traits::TILE);
+        hopper_load_tile<D, Traits::QUERIES>(shared.q[j % Traits::BUFFERS], args.q, t.b, t.h, t.start, there);
+        hopper_load_tile<D, Traits::QUERIES>(shared.dout[j % Traits::BUFFERS], args.dout, t.b, t.h, t.start, there);
+        step = shared.keys.copy(args.k, args.v, args.lift, t.b, t.h, t.bh * in.blocks * ACP_BLOCK, t.edge,
+                                t.start / ACP_BLOCK, step);
+    }
+}
 
 template <int D>
 static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
@@ -93,41 +116,38 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
     const AcpBackward &p = args.p;
     const AcpInputs &in = p.in;
     if (threadIdx.x == 0) {
-        hopper_barrier_init(&shared.q_full, 1);
+        shared.tiles.init(HOPPER_WARPGROUP * WARPGROUPS);
         shared.keys.init(4 * WARPGROUPS);
         hopper_barriers_ready();
     }
     acp_begin();
-    int place = hopper_uniform(p.saved.order[2][blockIdx.x]), tiles = (in.T + Traits::QUERIES - 1) / Traits::QUERIES;
-    int q0 = place % tiles * Traits::QUERIES, bh = place / tiles, b = bh / in.H, h = bh % in.H;
-    auto first_step = [&](int query) {
-        return p.saved.first[(int64_t)bh * in.blocks + query / ACP_BLOCK] * (ACP_BLOCK / KEYS);
-    };
-    int end = (min(in.T, q0 + Traits::QUERIES) - 1) / KEYS; /* begin is looked up behind loads that need not wait */
     __syncthreads();
 
     int group = hopper_uniform(threadIdx.x / HOPPER_WARPGROUP);
     if (group == WARPGROUPS) {
         hopper_fewer_registers<Traits::COPY_REGISTERS>();
         if (threadIdx.x % HOPPER_WARPGROUP == 0) {
-            hopper_arrive_bytes(&shared.q_full, 2 * Traits::TILE);
-            hopper_load_tile<D, Traits::QUERIES>(shared.q, args.q, b, h, q0, &shared.q_full);
-            hopper_load_tile<D, Traits::QUERIES>(shared.dout, args.dout, b, h, q0, &shared.q_full);
-            shared.keys.copy(args.k, args.v, args.lift, b, h, bh * in.blocks * ACP_BLOCK, first_step(q0), end, 0);
+            hopper_dq_copies<D>(args, shared);
         }
-    } else {
-        hopper_more_registers<Traits::REGISTERS>();
+        return;
+    }
+    hopper_more_registers<Traits::REGISTERS>();
+    HopperTurns<WARPGROUPS> turns(group);
+    for (int j = 0;; j++) {
+        const HopperTile &t = shared.tiles.await_told(j);
+        if (t.bh < 0) {
+            break;
+        }
+        const int bh = hopper_uniform(t.bh), q0 = hopper_uniform(t.start);
+        unsigned char *own_q = shared.q[j % Traits::BUFFERS] + group * 64 * 128,
+                      *own_dout = shared.dout[j % Traits::BUFFERS] + group * 64 * 128;
         const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
         const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
         int thread = threadIdx.x % HOPPER_WARPGROUP, lane = thread % 32;
         int row0 = q0 + group * 64,
             row = thread / 32 * 16 + lane / 4; /* this thread's queries: row0 + row, and 8 further */
-        bool inside = row0 < in.T;
-        int64_t at = (int64_t)bh * in.blocks * ACP_BLOCK + (inside ? row0 + row : 0);
-        float own[2], delta[2];
-        /* what is looked up, all on its way before the first is waited for */
-        int tile_first = first_step(q0), own_first = first_step(inside ? row0 : q0);
-        const float2 own_base = base[inside ? row0 / ACP_BLOCK : 0];
+        float own[2], delta[2]; /* of rows beyond the end too: they weigh nothing */
+        const float2 own_base = base[q0 / ACP_BLOCK];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             acp_query_stats<D>(p, bh, row0 + row + i * 8, own[i], delta[i]);
@@ -135,14 +155,14 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             delta[i] = acp_quad_sum(delta[i]);
-            if (inside && lane % 4 == 0) {
-                p.work.offset[at + i * 8] = own[i];
+            if (lane % 4 == 0) {
+                p.work.offset[(int64_t)bh * in.blocks * ACP_BLOCK + row0 + row + i * 8] = own[i];
             }
         }
-        int begin = hopper_uniform(tile_first), top = inside ? row0 / KEYS : begin - 1,
-            bottom = inside ? hopper_uniform(own_first) : begin;
-        uint32_t q = hopper_operand(hopper_shared(shared.q) + group * 64 * 128, Traits::QUERIES * 128);
-        uint32_t dout = hopper_operand(hopper_shared(shared.dout) + group * 64 * 128, Traits::QUERIES * 128);
+        int n = q0 / ACP_BLOCK, last = hopper_uniform(t.step) + n; /* block n: step last - n of the rings */
+        int begin = hopper_uniform(t.edge);
+        uint32_t q = hopper_operand(hopper_shared(own_q), Traits::QUERIES * 128);
+        uint32_t dout = hopper_operand(hopper_shared(own_dout), Traits::QUERIES * 128);
         uint32_t k = hopper_operand(hopper_shared(shared.keys.k), KEYS * 128),
                  v = hopper_operand(hopper_shared(shared.keys.v), KEYS * 128);
         float s[N], dp[N], dq[D / 2], sum[2] = {0, 0};
@@ -151,15 +171,9 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         for (int i = 0; i < D / 2; i++) {
             dq[i] = 0;
         }
-        HopperTurns<WARPGROUPS> turns(group);
-        auto skip = [&](int n) {
-            turns.take();
-            turns.pass();
-            shared.keys.skip(end - n);
-        };
         auto add_dq = [&](int n) {
             hopper_products_begin();
-            hopper_product_ab<KEYS>(dq, ds, k + (end - n) % STAGES * hopper_apart(Traits::K_TILE));
+            hopper_product_ab<KEYS>(dq, ds, k + (last - n) % STAGES * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
         };
         auto finish_dq = [&](int n) {
@@ -169,7 +183,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             hopper_products_wait<0>();
             hopper_hold(dq);
             hopper_hold(ds);
-            shared.keys.k_ring.release(end - n);
+            shared.keys.k_ring.release(last - n);
         };
         /* Some keys: dS, with the product dQ of the step before under way (`behind`). half: all queries come before the
          * second half of the keys. */
@@ -177,15 +191,15 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             constexpr int SEEN = half ? N / 2 : N; /* of s, of this thread */
             auto &s_seen = reinterpret_cast<float(&)[SEEN]>(s);
             auto &dp_seen = reinterpret_cast<float(&)[SEEN]>(dp);
-            int stage = (end - n) % STAGES, column = n * KEYS - row0 + lane % 4 * 2;
-            float shift = acp_shift(own_base, base[n * KEYS / ACP_BLOCK]);
+            int stage = (last - n) % STAGES, column = lane % 4 * 2 - group * 64; /* on the diagonal, from the first query */
+            float shift = acp_shift(own_base, base[n]);
             const float *lift = shared.keys.lift[stage] + lane % 4 * 2;
-            shared.keys.k_ring.await(end - n);
+            shared.keys.k_ring.await(last - n);
             turns.take();
             hopper_products_begin();
             hopper_product_abt<D, Traits::QUERIES, KEYS>(s_seen, q, k + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
-            shared.keys.v_ring.await(end - n);
+            shared.keys.v_ring.await(last - n);
             hopper_products_begin();
             hopper_product_abt<D, Traits::QUERIES, KEYS>(dp_seen, dout, v + stage * hopper_apart(Traits::K_TILE));
             hopper_products_commit();
@@ -209,7 +223,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             }
             hopper_products_wait<behind ? 1 : 0>();
             hopper_hold(dp_seen);
-            shared.keys.v_ring.release(end - n);
+            shared.keys.v_ring.release(last - n);
 #pragma unroll
             for (int i = 0; i < SEEN; i++) {
                 s[i] *= dp[i] - delta[i / 2 % 2];
@@ -223,45 +237,38 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
                 hopper_products_wait<0>();
                 hopper_hold(dq);
                 hopper_hold(ds);
-                shared.keys.k_ring.release(end - n - 1);
+                shared.keys.k_ring.release(last - n - 1);
             }
             hopper_pack(ds, s);
         };
-        hopper_wait(&shared.q_full, 0);
-        int n = end;
-        for (; n > top; n--) {
-            skip(n);
+        shared.tiles.ring.await(j);
+        using Yes = HopperFlag<true>;
+        using No = HopperFlag<false>;
+        if (Traits::HALVES && group == 0) {
+            step(n, Yes(), HopperFlag<Traits::HALVES>(), No());
+        } else {
+            step(n, Yes(), No(), No());
         }
-        if (inside) {
-            using Yes = HopperFlag<true>;
-            using No = HopperFlag<false>;
-            if (Traits::HALVES && row0 % KEYS == 0) {
-                step(n, Yes(), HopperFlag<Traits::HALVES>(), No());
-            } else {
-                step(n, Yes(), No(), No());
+        for (n--; n >= begin; n--) {
+            if (!Traits::OVERLAP) {
+                finish_dq(n + 1);
             }
-            for (n--; n >= bottom; n--) {
-                if (!Traits::OVERLAP) {
-                    finish_dq(n + 1);
-                }
-                step(n, No(), No(), HopperFlag<Traits::OVERLAP>());
-            }
-            finish_dq(bottom);
+            step(n, No(), No(), HopperFlag<Traits::OVERLAP>());
+        }
+        finish_dq(begin);
 
-            float roots[2] = {root, root};
+        float roots[2] = {root, root};
+        int first_row = t.start + group * 64;
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float error = acp_quad_sum(sum[i]);
-                if (lane % 4 == 0) {
-                    p.work.delta[at + i * 8] = delta[i] + error;
-                }
+        for (int i = 0; i < 2; i++) {
+            float error = acp_quad_sum(sum[i]);
+            if (lane % 4 == 0) {
+                p.work.delta[(int64_t)t.bh * in.blocks * ACP_BLOCK + first_row + row + i * 8] = delta[i] + error;
             }
-            hopper_store_rows<D>(dq, roots, shared.q + group * 64 * 128, Traits::QUERIES * 128, args.dq, b, h, row0,
-                                 HOPPER_OWN + group);
         }
-        for (; n >= begin; n--) {
-            skip(n);
-        }
+        hopper_store_rows<D>(dq, roots, shared.q[j % Traits::BUFFERS] + group * 64 * 128, Traits::QUERIES * 128, args.dq, t.b,
+                             t.h, first_row, HOPPER_OWN + group);
+        shared.tiles.release(j);
     }
 #endif
 }
