@@ -268,6 +268,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         }
         hopper_store_rows<D>(dq, roots, shared.q[j % Traits::BUFFERS] + group * 64 * 128, Traits::QUERIES * 128, args.dq, t.b,
                              t.h, first_row, HOPPER_OWN + group);
+        hopper_rows_stored();
         shared.tiles.release(j);
     }
 #endif
@@ -383,7 +384,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         const float lift[2] = {lifts[0], lifts[8]};
         int m = k0 / QUERIES, first = m - hopper_uniform(t.step); /* queries m: step m - first of the rings */
         int end = hopper_uniform(t.edge);
-        int own_end = inside ? hopper_uniform(own_last) : m - 1;
+        int own_end = m - 1; /* when its keys lie beyond the end */
         uint32_t k = hopper_operand(hopper_shared(own_k), Traits::PANEL);
         uint32_t v = hopper_operand(hopper_shared(own_v), Traits::PANEL);
         uint32_t q = hopper_operand(hopper_shared(shared.q), Traits::Q_PANEL);
@@ -497,6 +498,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
             using No = HopperFlag<false>;
             if (Traits::AHEAD) {
                 start_s(even, m);
+                own_end = hopper_uniform(own_last);
                 hopper_products_wait<0>();
                 hopper_hold(even);
                 step(m, even, odd, Yes(), No());
@@ -508,6 +510,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
                     step(m, odd, even, No(), Yes());
                 }
             } else {
+                own_end = hopper_uniform(own_last);
                 step(m, even, even, Yes(), No());
                 for (m++; m <= own_end; m++) {
                     step(m, even, even, No(), Yes());
@@ -530,6 +533,7 @@ static __global__ void __launch_bounds__(HopperDkdv<D>::THREADS, 1)
         for (; m <= end; m++) {
             skip(m);
         }
+        hopper_rows_stored();
         shared.tiles.release(j);
     }
 #endif

@@ -167,8 +167,8 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         bool fixed = saved.bound[bh] <= (float)HOPPER_FIXED;
         int n = hopper_last_block<D>(in, q0), last = hopper_uniform(t.step) + n; /* block n: step last - n of the rings */
         int begin = hopper_uniform(t.edge);
-        /* this warpgroup's key blocks: top down to bottom; none when its queries lie beyond the end */
-        int top = inside ? block : begin - 1, bottom = inside ? hopper_uniform(own_first) : begin;
+        /* this warpgroup's key blocks begin at the top; there are none when its queries lie beyond the end */
+        int top = inside ? block : begin - 1;
         auto skip = [&](int n) {
             turns.take();
             turns.pass();
@@ -263,6 +263,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
                 }
                 hopper_pack(p, s);
             };
+            int bottom = hopper_uniform(own_first); /* looked up meanwhile */
             if (fixed) {
                 for (n--; n >= bottom; n--) {
                     step(HopperFlag<true>());
@@ -301,6 +302,7 @@ static __global__ void __launch_bounds__(HopperForward<D>::THREADS, 1)
         for (; n >= begin; n--) {
             skip(n);
         }
+        hopper_rows_stored();
         shared.tiles.release(j);
     }
 #endif

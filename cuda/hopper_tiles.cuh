@@ -294,7 +294,7 @@ static __device__ __forceinline__ void hopper_pack(uint32_t (&p)[N / 2], const f
 }
 
 /* A warpgroup's 64 rows, times scale[] of each thread's two, as bf16 to rows t .. of a tensor, by way of 64 rows of a
- * tile that only this warpgroup still uses. barrier: of its own threads. */
+ * tile that only this warpgroup still uses, until hopper_rows_stored(). barrier: of its own threads. */
 template <int D>
 static __device__ __forceinline__ void hopper_store_rows(const float (&acc)[D / 2], const float scale[2],
                                                          unsigned char *tile, int panel_bytes, const CUtensorMap &map,
@@ -317,6 +317,12 @@ static __device__ __forceinline__ void hopper_store_rows(const float (&acc)[D / 
         for (int panel = 0; panel < D / HOPPER_PANEL; panel++) {
             hopper_store_box(map, tile + panel * panel_bytes, panel * HOPPER_PANEL, b, h, t);
         }
+    }
+}
+
+/* Before a tile is released from which rows were stored. */
+static __device__ __forceinline__ void hopper_rows_stored(void) {
+    if (threadIdx.x % HOPPER_WARPGROUP == 0) {
         hopper_stores_read();
     }
 }
