@@ -871,26 +871,11 @@ struct AcpBackward {
     bf16 *dq, *dk, *dv;
 };
 
-/* Of query t of row bh, by the four neighbouring lanes that have it: (-lift - lse) in units of log 2, and each lane's
- * share of delta = dO.o (acp_quad_sum adds them up); beyond the end -inf and 0. */
-template <int D>
-static __device__ __forceinline__ void acp_query_stats(const AcpBackward &p, int64_t bh, int t, float &offset,
-                                                       float &delta) {
+/* Of query t of row bh: (-lift - lse) in units of log 2; beyond the end -inf. */
+static __device__ __forceinline__ float acp_query_offset(const AcpBackward &p, int64_t bh, int t) {
     int row = min(t, p.in.T - 1); /* loaded in any case: without a branch the loads of several queries overlap */
-    int64_t at = acp_row<D>(bh, row, p.in.T, p.in.H, (int64_t)p.in.H * D) + threadIdx.x % 4 * 8;
-    delta = 0;
-#pragma unroll
-    for (int i = 0; i < D; i += 32) {
-        float o[8], dout[8];
-        load8(o, p.o + at + i);
-        load8(dout, p.dout + at + i);
-        delta += acp_dot8(o, dout);
-    }
-    offset = -p.saved.lift[bh * p.in.blocks * ACP_BLOCK + row] - p.lse[bh * p.in.T + row] * (float)ACP_LOG2E;
-    if (t >= p.in.T) {
-        offset = -INFINITY;
-        delta = 0;
-    }
+    float offset = -p.saved.lift[bh * p.in.blocks * ACP_BLOCK + row] - p.lse[bh * p.in.T + row] * (float)ACP_LOG2E;
+    return t < p.in.T ? offset : -INFINITY;
 }
 
 /* 1 / sqrt(D) */

@@ -42,7 +42,7 @@ static __device__ __forceinline__ void hopper_columns(float2 (&columns)[N], cons
 }
 
 struct HopperBackwardArgs {
-    CUtensorMap q, k, v, dout, dq, dk, dv, lift, offset, delta;
+    CUtensorMap q, k, v, o, dout, dq, dk, dv, lift, offset, delta;
     AcpBackward p;
 };
 
@@ -53,6 +53,7 @@ static inline HopperBackwardArgs hopper_backward_args(const AcpShape *shape, con
     return {hopper_tensor_map(p.in.q, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.in.k, B, T, H, D, p.in.stride),
             hopper_tensor_map(p.in.v, B, T, H, D, p.in.stride),
+            hopper_tensor_map(p.o, B, T, H, D, d),
             hopper_tensor_map(p.dout, B, T, H, D, d),
             hopper_tensor_map(p.dq, B, T, H, D, d),
             hopper_tensor_map(p.dk, B, T, H, D, d),
@@ -78,10 +79,27 @@ struct HopperDq {
 template <int D>
 struct alignas(1024) HopperDqShared {
     using Traits = HopperDq<D>;
-    unsigned char q[Traits::BUFFERS][Traits::TILE], dout[Traits::BUFFERS][Traits::TILE]; /* q: then dQ */
+    unsigned char q[Traits::BUFFERS][Traits::TILE], o[Traits::BUFFERS][Traits::TILE], /* q: then dQ */
+        dout[Traits::BUFFERS][Traits::TILE];
     HopperKeys<D, Traits::KEYS, Traits::STAGES> keys;
     HopperTiles<Traits::BUFFERS> tiles;
 };
+
+/* This lane's share of the product of a row of two tiles, whose panels are panel_bytes apart; the four neighbouring lanes
+ * have a row. */
+template <int D>
+static __device__ __forceinline__ float hopper_dot(const unsigned char *a, const unsigned char *b, int panel_bytes, int row) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        int piece = i * 4 + threadIdx.x % 4, at = piece / 8 * panel_bytes + row * 128 + ((piece % 8 ^ row % 8) << 4);
+        float x[8], y[8];
+        load8(x, reinterpret_cast<const bf16 *>(a + at));
+        load8(y, reinterpret_cast<const bf16 *>(b + at));
+        sum += acp_dot8(x, y);
+    }
+    return sum;
+}
 
 /* The producer, one thread: takes tile after tile, tells the others, and copies what they need, as far ahead as rings reach. */
 template <int D>
@@ -97,8 +115,9 @@ static __device__ __forceinline__ void hopper_dq_copies(const HopperBackwardArgs
         if (t.bh < 0) {
             return;
         }
-        uint64_t *there = shared.tiles.ring.announce(j, 2 * Traits::TILE);
+        uint64_t *there = shared.tiles.ring.announce(j, 3 * Traits::TILE);
         hopper_load_tile<D, Traits::QUERIES>(shared.q[j % Traits::BUFFERS], args.q, t.b, t.h, t.start, there);
+        hopper_load_tile<D, Traits::QUERIES>(shared.o[j % Traits::BUFFERS], args.o, t.b, t.h, t.start, there);
         hopper_load_tile<D, Traits::QUERIES>(shared.dout[j % Traits::BUFFERS], args.dout, t.b, t.h, t.start, there);
         step = shared.keys.copy(args.k, args.v, args.lift, t.b, t.h, t.bh * in.blocks * ACP_BLOCK, t.edge,
                                 t.start / ACP_BLOCK, step);
@@ -140,6 +159,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         }
         const int bh = hopper_uniform(t.bh), q0 = hopper_uniform(t.start);
         unsigned char *own_q = shared.q[j % Traits::BUFFERS] + group * 64 * 128,
+                      *own_o = shared.o[j % Traits::BUFFERS] + group * 64 * 128,
                       *own_dout = shared.dout[j % Traits::BUFFERS] + group * 64 * 128;
         const float root = acp_root<D>(), scale = (float)ACP_LOG2E * root;
         const float2 *base = p.saved.base + (int64_t)bh * in.blocks;
@@ -150,14 +170,7 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
         const float2 own_base = base[q0 / ACP_BLOCK];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            acp_query_stats<D>(p, bh, row0 + row + i * 8, own[i], delta[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            delta[i] = acp_quad_sum(delta[i]);
-            if (lane % 4 == 0) {
-                p.work.offset[(int64_t)bh * in.blocks * ACP_BLOCK + row0 + row + i * 8] = own[i];
-            }
+            own[i] = acp_query_offset(p, bh, row0 + row + i * 8);
         }
         int n = q0 / ACP_BLOCK, last = hopper_uniform(t.step) + n; /* block n: step last - n of the rings */
         int begin = hopper_uniform(t.edge);
@@ -242,6 +255,13 @@ static __global__ void __launch_bounds__(HopperDq<D>::THREADS, 1)
             hopper_pack(ds, s);
         };
         shared.tiles.ring.await(j);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            delta[i] = acp_quad_sum(hopper_dot<D>(own_o, own_dout, Traits::QUERIES * 128, row + i * 8));
+            if (lane % 4 == 0) {
+                p.work.offset[(int64_t)bh * in.blocks * ACP_BLOCK + row0 + row + i * 8] = own[i];
+            }
+        }
         using Yes = HopperFlag<true>;
         using No = HopperFlag<false>;
         if (Traits::HALVES && group == 0) {

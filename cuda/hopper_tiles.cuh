@@ -195,7 +195,7 @@ static __device__ __forceinline__ void hopper_load_floats(float *to, const CUten
 
 /* Keys and values on their way: blocks of KEYS rows of one head, last to first, each K with its lift. */
 template <int D, int KEYS, int STAGES>
-struct alignas(1024) HopperKeys {
+struct HopperKeys { /* at a multiple of 1024 bytes */
     static constexpr int TILE = KEYS * D * 2;
     unsigned char k[STAGES][TILE], v[STAGES][TILE];
     float lift[STAGES][KEYS];

@@ -161,6 +161,22 @@ struct alignas(1024) AcpDqShared {
 };
 static_assert(sizeof(AcpDqShared<128>) <= 99 * 1024, "chips of 8.6 and 8.9 give a thread block 99 KB");
 
+/* Of query t of row bh, by the four neighbouring lanes that have it: each lane's share of delta = dO.o (acp_quad_sum adds
+ * them up); beyond the end 0. */
+template <int D>
+static __device__ __forceinline__ float acp_query_delta(const AcpBackward &p, int64_t bh, int t) {
+    int64_t at = acp_row<D>(bh, min(t, p.in.T - 1), p.in.T, p.in.H, (int64_t)p.in.H * D) + threadIdx.x % 4 * 8;
+    float delta = 0;
+#pragma unroll
+    for (int i = 0; i < D; i += 32) {
+        float o[8], dout[8];
+        load8(o, p.o + at + i);
+        load8(dout, p.dout + at + i);
+        delta += acp_dot8(o, dout);
+    }
+    return t < p.in.T ? delta : 0.0f;
+}
+
 /* One query block; 4 warps with 32 rows each, 32 keys at a time. Writes offset, and delta corrected, for
  * acp_dkdv_kernel. */
 template <int D>
@@ -188,7 +204,9 @@ static __global__ void __launch_bounds__(128, 2) acp_dq_kernel(AcpBackward p) {
     float offset[MT][2], delta[MT][2], sum[MT][2];
 #pragma unroll
     for (int i = 0; i < MT * 2; i++) {
-        acp_query_stats<D>(p, bh, q0 + row0 + i * 8 + lane / 4, offset[i / 2][i % 2], delta[i / 2][i % 2]);
+        int query = q0 + row0 + i * 8 + lane / 4;
+        offset[i / 2][i % 2] = acp_query_offset(p, bh, query);
+        delta[i / 2][i % 2] = acp_query_delta<D>(p, bh, query);
         sum[i / 2][i % 2] = 0;
     }
 #pragma unroll

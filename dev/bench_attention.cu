@@ -5,7 +5,8 @@
  *   ./bench_attention            all shapes; ./bench_attention 16384 only that context; --kernels: each kernel's share
  *   ./bench_attention --portable   the kernels for every chip
  *   ./bench_attention --gates tests/data/gates/trained_gates_125m.safetensors    the gates of a trained model, sum of its
- *                                  layers, D = 64. The file's one tensor is c, float32 [layers, 12, 16384]
+ *                                  layers, D = 64; with --kernels before it too. The file's one tensor is c, float32
+ *                                  [layers, 12, 16384]
  *
  * Milliseconds are medians of repeats between CUDA events, after a warm-up. TFLOP/s are those of dense causal attention
  * in the same time (forward 2 B H T^2 D, backward 2.5 times that), so that pruning shows as speed. */
@@ -128,9 +129,16 @@ static float bench_time(Work work) {
     return ms[REPEATS / 2];
 }
 
-/* The kernels of one pass, each alone. */
+enum { BENCH_KERNELS = 6 };
+
+static void bench_print_kernels(const float *ms) {
+    printf("    scan %.3f  scan, ranges %.3f  forward %.3f | dq %.3f  dkdv %.3f  scan %.3f\n", ms[0], ms[1], ms[2], ms[3],
+           ms[4], ms[5]);
+}
+
+/* The kernels of one pass, each alone: adds to ms[BENCH_KERNELS]. After a forward pass. */
 template <int D>
-static void bench_kernels(const AcpShape *shape, const Buffers *b) {
+static void bench_kernels(const AcpShape *shape, const Buffers *b, float *ms) {
     int64_t bytes;
     int BH = shape->B * shape->H, T = shape->T, blocks = acp_num_blocks(shape);
     int64_t stride = (int64_t)shape->H * D;
@@ -142,22 +150,19 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b) {
     AcpScan scan = {T, blocks, b->log_f, work.dc, saved, b->dlog_f, work.listed};
     AcpRanges ranges = {shape->mode, T, shape->H, D, blocks, acp_bound_scale(D, true), shape->log_tolerance - log((double)T),
                         b->ones, b->ones, false, NULL, NULL};
-    float ms[6];
-    ms[0] = bench_time([&] { acp_run_scan<false>(shape, scan, 0); });
-    ms[1] = bench_time([&] {
+    ms[0] += bench_time([&] { acp_run_scan<false>(shape, scan, 0); });
+    ms[1] += bench_time([&] {
         acp_run_scan<false>(shape, scan, 0);
         acp_find_ranges<D>(shape, in, saved, work, ranges, 0);
     });
-    ms[2] = bench_time([&] { acp_run_forward<D>(shape, forward, 0); });
-    ms[3] = bench_time([&] { acp_run_dq<D>(shape, backward, 0); });
-    ms[4] = bench_time([&] { acp_run_dkdv<D>(shape, backward, 0); });
-    ms[5] = bench_time([&] { acp_run_scan<true>(shape, scan, 0); });
-    printf("    scan %.3f  scan, ranges %.3f  forward %.3f | dq %.3f  dkdv %.3f  scan %.3f\n", ms[0], ms[1], ms[2], ms[3],
-           ms[4], ms[5]);
+    ms[2] += bench_time([&] { acp_run_forward<D>(shape, forward, 0); });
+    ms[3] += bench_time([&] { acp_run_dq<D>(shape, backward, 0); });
+    ms[4] += bench_time([&] { acp_run_dkdv<D>(shape, backward, 0); });
+    ms[5] += bench_time([&] { acp_run_scan<true>(shape, scan, 0); });
 }
 
 /* Forward and backward of every layer of a trained model's gates. */
-static bool bench_gates(const char *path, bool portable) {
+static bool bench_gates(const char *path, bool kernels, bool portable) {
     static const char *const modes[] = {"off", "paper", "tight"};
     Shape s = {1, 16384, 12, 64};
     int64_t count = (int64_t)s.T * s.H, stride = s.H * s.D;
@@ -171,7 +176,7 @@ static bool bench_gates(const char *path, bool portable) {
     Buffers b = bench_buffers(&s);
     for (int mode = 0; mode < 3; mode++) {
         AcpShape shape = {s.B, s.T, s.H, s.D, (AcpMode)mode, -10, false, portable};
-        float forward = 0, backward = 0;
+        float forward = 0, backward = 0, ms[BENCH_KERNELS] = {0};
         int layers = 0;
         fseek(f, (long)(sizeof header + header), SEEK_SET);
         for (; fread(log_f, sizeof(float), (size_t)count, f) == (size_t)count; layers++) {
@@ -187,9 +192,15 @@ static bool bench_gates(const char *path, bool portable) {
                 acp_attention_backward(&shape, b.dq, b.dk, b.dv, b.dlog_f, b.saved, b.work, b.dout, b.q, b.k, b.v,
                                        stride, b.o, b.lse, 0);
             });
+            if (kernels) {
+                bench_kernels<64>(&shape, &b, ms);
+            }
         }
         printf("%s, %d layers, %-5s  forward %7.3f  backward %7.3f  both %7.3f ms\n", path, layers, modes[mode],
                forward, backward, forward + backward);
+        if (kernels) {
+            bench_print_kernels(ms);
+        }
     }
     bench_free(&b);
     free(log_f);
@@ -226,10 +237,10 @@ static void bench_shape(const Shape *s, bool kernels, bool portable) {
                "%5.0f %5.0f TFLOP/s\n",
                s->D, s->T, s->B, modes[mode], 100.0 * (double)(total - skipped) / (double)total, ms_forward,
                ms_backward, ms_forward + ms_backward, flops / ms_forward * 1e-9, 2.5 * flops / ms_backward * 1e-9);
-        if (kernels && s->D == 64) {
-            bench_kernels<64>(&shape, &b);
-        } else if (kernels) {
-            bench_kernels<128>(&shape, &b);
+        float ms[BENCH_KERNELS] = {0};
+        if (kernels) {
+            (s->D == 64 ? bench_kernels<64> : bench_kernels<128>)(&shape, &b, ms);
+            bench_print_kernels(ms);
         }
         free(counts);
     }
@@ -248,7 +259,7 @@ int main(int argc, char **argv) {
         } else if (strcmp(argv[i], "--portable") == 0) {
             portable = true;
         } else if (strcmp(argv[i], "--gates") == 0 && i + 1 < argc) {
-            return bench_gates(argv[i + 1], portable) ? 0 : 1;
+            return bench_gates(argv[i + 1], kernels, portable) ? 0 : 1;
         } else if ((only = atoi(argv[i])) <= 0) {
             fprintf(stderr,
                     "bench_attention: usage: bench_attention [--portable] [--kernels] [CONTEXT] | --gates FILE\n");
