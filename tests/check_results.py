@@ -197,6 +197,11 @@ def speeds_of(rows, weights="gates"):
     return {(row["model"].removeprefix("fox-pro-"), row["context"], start[row["program"]] + row["acp"]): row for row in rows}
 
 
+def label_of(model):
+    """'125m' to '125M', 'fox-llama-125m' to 'LLaMA 125M'."""
+    return model.removeprefix("fox-").replace("llama-", "LLaMA ").replace("m", "M")
+
+
 def rate(row):
     return row["tokens_per_s"]
 
@@ -229,7 +234,7 @@ def check_whole_steps(page):
         row += ours
         if whole:
             row += [gain(rows, model, context, mode) for mode in ("paper", "tight")] + share(rows, model, context)
-        page.row("FoX (Pro) | context", (model.replace("m", "M"), f"{context:,}"), row + saved(rows, model, context))
+        page.row("FoX | context", (label_of(model), f"{context:,}"), row + saved(rows, model, context))
     page.says(f"{span([gain(rows, m, 16384, 'paper') for m in ('125m', '360m', '760m')], '.0f')}% at the same threshold")
     page.says(f"attention is {share(rows, '760m', 16384)[1]:.0f}% of a step at 16,384 with `paper`")
     memory = [rows["760m", 16384, who]["memory_bytes"] / 1e9 for who in ("off", "official paper")]
@@ -237,7 +242,7 @@ def check_whole_steps(page):
 
     h200 = speeds_of(read("throughput_h200")["rows"])
     for model, context in {(model, context) for model, context, _ in h200}:
-        page.row("model, context", f"{model.replace('m', 'M')}, {context:,}", against_official(h200, model, context))
+        page.row("model, context", f"{label_of(model)}, {context:,}", against_official(h200, model, context))
 
     trained = speeds_of(read("throughput")["rows"], "checkpoint")
     for context in (4096, 8192, 16384):
@@ -379,8 +384,8 @@ def check_gpu(t):
 def check_readme(t, ratios):
     page = Document(t, ROOT / "README.md", "## Measured")
     rows = speeds_of(read("throughput")["rows"])
-    for model, context in sorted({(model, context) for model, context, _ in rows if context != 8192}):
-        page.row("FoX (Pro) | official", f"{model.replace('m', 'M')}, T = {context:,}", against_official(rows, model, context))
+    for model, context in sorted({(model, context) for model, context, _ in rows if context != 8192 and "llama" not in model}):
+        page.row("FoX (Pro) | official", f"{label_of(model)}, T = {context:,}", against_official(rows, model, context))
     (paper, tight), trained = ratios
     page.says(f"is {span(paper, '.1f')} times as fast as the official kernel at the same threshold")
     page.says(
