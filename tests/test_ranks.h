@@ -366,10 +366,11 @@ static void ranks_check_gone(Tests *t, const char *what, const pid_t *processes,
 }
 
 /* Seconds from `start` until all ranks but `except` have ended; more than `limit` when they have not by then, which is before
- * scripts/launch.sh kills what is left. (mpirun kills at once.) */
-static double ranks_await_end(const pid_t *processes, int count, int except, double start, double limit) {
+ * scripts/launch.sh kills what is left. (mpirun kills at once.) first: seconds until the first of them has. */
+static double ranks_await_end(const pid_t *processes, int count, int except, double start, double limit, double *first) {
     double now;
-    int left;
+    int left, all = count - (except >= 0);
+    *first = -1;
     do {
         run_sleep(0.02);
         left = 0;
@@ -377,12 +378,16 @@ static double ranks_await_end(const pid_t *processes, int count, int except, dou
             char state = 'Z';
             left += r != except && ranks_parent(processes[r], &state) > 0 && state != 'Z' && state != 'X';
         }
-        now = fox_now();
-    } while (left > 0 && now - start <= limit);
-    return now - start;
+        now = fox_now() - start;
+        *first = left < all && *first < 0 ? now : *first;
+    } while (left > 0 && now <= limit);
+    return now;
 }
 
-enum { RANKS_PATIENCE = 3 };                                    /* seconds; scripts/launch.sh kills 10 s after the first end */
+enum {
+    RANKS_PATIENCE = 3, /* seconds */
+    RANKS_APART = 7,    /* seconds from the first end to the last; scripts/launch.sh kills 10 s after the first */
+};
 #define RANKS_LONG "-x 400 -n 4 -b 1 -l 1e-3 --hang-timeout 3" /* of steps that take some milliseconds */
 
 /* Goes on from what a lost run left, to its end: nothing is missing. hash: NULL where two runs may differ. */
@@ -459,13 +464,16 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
         kill(processes[victim], loss == LOSS_KILL ? SIGKILL : SIGSTOP);
     }
     run_read_log(&f->run, "lost", &log);
-    double patience = RANKS_PATIENCE + (f->run.gpu ? 8 : 5); // a GPU takes its time to end
+    double patience = RANKS_PATIENCE + (f->run.gpu ? 8 : 5), first; // a GPU takes its time to end
     double limit = loss == LOSS_KILL ? 8 : patience;
-    for (int step = 1; hang && step <= log.last; step++) { // a busy machine has long steps, and four times that is no hang
-        limit = fmax(limit, patience + 4e-3 * log.step_ms[step]);
+    double longest = 0; // a busy machine has long steps, and four times that is no hang; the first two do not count
+    for (int step = 3; step <= log.last; step++) {
+        longest = fmax(longest, log.step_ms[step]);
     }
-    double alone = ranks_await_end(processes, f->ranks, hang ? -1 : victim, start, limit);
-    check(t, alone <= limit, "%s: the others have not ended by themselves within %.1f s", what, limit);
+    limit += hang ? 4e-3 * longest : 0;
+    double alone = ranks_await_end(processes, f->ranks, hang ? -1 : victim, start, limit, &first);
+    check(t, alone <= limit && alone - first <= RANKS_APART, "%s: the others end by themselves within %.1f s, the first after %.1f, "
+          "the last after %.1f (unless the limit was before)", what, limit, first, alone);
     int code = run_wait(child);
     double seconds = fox_now() - start;
     char *text = run_output(&f->run, "stderr");
@@ -475,7 +483,7 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     free(text);
     ranks_check_gone(t, what, processes, f->ranks);
     check(t, checkpoint_latest(dir, path, &err), "%s: the last checkpoint is whole, found %s %s", what, path, err.text);
-    printf("ranks: %s: the others ended after %.1f s, all after %.1f s\n", what, alone, seconds);
+    printf("ranks: %s: the others ended after %.1f to %.1f s, all after %.1f s, longest step %.0f ms\n", what, first, alone, seconds, longest);
     ranks_check_rest(t, f, what, hash);
 }
 

@@ -664,20 +664,20 @@ static void record_step(Trainer *t, const AdamW *adamw, const StepStats *stats) 
     r.learning_rate = adamw->learning_rate;
     r.grad_norm = stats->grad_norm;
     r.applied = stats->applied;
-    r.seconds = fox_now() - t->step_started;
     r.pruned = count_pruning(t);
     for (int i = 0; i < t->config.num_hidden_layers * t->config.num_heads; i++) {
         t->skipped[i] += t->step_skipped[i];
         t->blocks[i] += t->step_blocks[i];
     }
-    r.mfu = (double)NAN; /* unknown */
-    if (t->backend.peak_flops > 0) {
-        r.mfu = step_flops(t, r.pruned) / (r.seconds * t->backend.peak_flops * t->ranks.size);
-    }
     r.exchanged = stats->exchanged;
     r.exchange_ms = stats->exchange_ms;
     r.exposed_ms = stats->exposed_ms;
     r.gpu_memory = strcmp(t->backend.name, "cuda") == 0 ? t->backend.memory(&t->backend) : -1;
+    r.seconds = fox_now() - t->step_started; /* with what the record itself takes: a busy driver may answer late */
+    r.mfu = (double)NAN;                     /* unknown */
+    if (t->backend.peak_flops > 0) {
+        r.mfu = step_flops(t, r.pruned) / (r.seconds * t->backend.peak_flops * t->ranks.size);
+    }
     ranks_resting(&t->ranks); // whoever reads what is printed may be slow
     metrics_step(&t->metrics, &r);
     ranks_working(&t->ranks, t->state.step);
