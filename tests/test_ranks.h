@@ -365,8 +365,8 @@ static void ranks_check_gone(Tests *t, const char *what, const pid_t *processes,
     }
 }
 
-/* Seconds from `start` until all ranks but `except` have ended; more than `limit` when they have not by then, which is before
- * scripts/launch.sh kills what is left. (mpirun kills at once.) first: seconds until the first of them has. */
+/* Seconds from `start` until all ranks but `except` (-1: all) have ended; more than `limit` when they have not by then. *first:
+ * seconds until the first of them has, -1 if none has. scripts/launch.sh kills what is left 10 s later, mpirun at once. */
 static double ranks_await_end(const pid_t *processes, int count, int except, double start, double limit, double *first) {
     double now;
     int left, all = count - (except >= 0);
