@@ -480,10 +480,12 @@ static void ranks_lose(Tests *t, const RankFixture *f, int launcher, int victim,
     check(t, code != 0 && seconds < (loss == LOSS_KILL ? 15 : 40), "%s: code %d after %.1f s", what, code, seconds);
     check(t, strstr(text, name) != NULL && strstr(text, words[loss]) != NULL && strstr(text, " in step ") != NULL,
           "%s: a line with rank, host and step, found: %s", what, text);
-    free(text);
     ranks_check_gone(t, what, processes, f->ranks);
     check(t, checkpoint_latest(dir, path, &err), "%s: the last checkpoint is whole, found %s %s", what, path, err.text);
-    printf("ranks: %s: the others ended after %.1f to %.1f s, all after %.1f s, longest step %.0f ms\n", what, first, alone, seconds, longest);
+    const char *line = strstr(text, name);
+    printf("ranks: %s: the others ended after %.1f to %.1f s, all after %.1f s, longest step %.0f ms: %.*s\n", what, first, alone, seconds,
+           longest, line != NULL ? (int)strcspn(line, "\n") : 0, line);
+    free(text);
     ranks_check_rest(t, f, what, hash);
 }
 
