@@ -815,6 +815,7 @@ void trainer_report_pruning(Trainer *t) {
     int layers = t->config.num_hidden_layers, heads = t->config.num_heads;
     ranks_sum_double(&t->ranks, t->skipped, layers * heads);
     ranks_sum_double(&t->ranks, t->blocks, layers * heads);
+    ranks_resting(&t->ranks); // a disk may be slow
     metrics_pruning(&t->metrics, t->state.step, layers, heads, t->skipped, t->blocks);
     memset(t->skipped, 0, sizeof(double) * (size_t)(layers * heads));
     memset(t->blocks, 0, sizeof(double) * (size_t)(layers * heads));

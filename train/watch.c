@@ -300,10 +300,12 @@ static void take(Watch *w, Peer *peer) {
     }
 }
 
-/* Rank 0 looks for the rank that has hung the longest beyond its limit. */
+/* Rank 0 looks for the rank that has hung the longest beyond its limit. Its own waiting is no sign of that, however long it lasts,
+ * while the rank it waits for works within its limit: what ranks do tells first. */
 static void judge_progress(Watch *w) {
     Message own = own_status(w);
-    const Message *worst = own.limit > 0 && own.idle > own.limit ? &own : NULL;
+    bool waits = own.state == WAITING && own.waits_for > 0, own_late = own.limit > 0 && own.idle > own.limit;
+    const Message *worst = own_late && !waits ? &own : NULL;
     int rank = 0;
     for (int i = 0; i < w->peer_count; i++) {
         const Message *m = &w->peers[i].status;
@@ -312,14 +314,14 @@ static void judge_progress(Watch *w) {
             rank = w->peers[i].rank;
         }
     }
-    if (worst == &own && own.state == WAITING && own.waits_for > 0) {
+    if (worst == NULL && own_late) { // it waits, and nobody is late: nothing comes where both wait
         const Message *other = &w->peers[own.waits_for - 1].status;
         // what rank 0 waits for is there, and it does not take it; or it has, and the other is in the next collective already
         bool arrived = other->meeting > own.meeting || (other->meeting == own.meeting && other->sent);
-        if (other->state != WAITING) {
-            return; // it works, within its limit
+        if (other->state == WAITING) {
+            worst = &own;
+            rank = arrived ? 0 : own.waits_for;
         }
-        rank = arrived ? 0 : own.waits_for;
     }
     if (worst != NULL) {
         char name[96];
