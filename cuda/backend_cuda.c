@@ -718,7 +718,7 @@ static void cuda_decode_begin(Backend *b, int max_tokens) {
 static void cuda_decode(Backend *b, int32_t token, float *logits) {
     CudaBackend *s = cuda(b);
     int V = b->spec.config.vocab_size, d = b->spec.config.hidden_size;
-    int room = (int)whole(b).N, start = 0;
+    int room = (int)fox_min64(whole(b).N, acp_most_tokens()), start = 0;
     if (s->prefix_length == s->prefix_limit) {
         fox_die("decoding more tokens than decode_begin was told");
     }
