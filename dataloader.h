@@ -26,6 +26,7 @@
 #include "train/common.h"
 #include "train/files.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -157,14 +158,24 @@ static inline uint64_t dataloader_hash(const DataLoader *loader) {
 
 /* ---------------------------------------------------------------------------------------------------------- shards */
 
-/* What a file's name says last: 't' for "train", 'v' for "val", '\0' for neither. */
+/* What a file's name says last: 't' for "train", 'v' for "val", '\0' for neither. A whole word counts before what is part of one:
+ * train_retrieval.bin is for training. */
 static inline char dataloader_kind(const char *path) {
+    static const char *const words[] = {"train", "training", "val", "valid", "validation"};
     const char *name = strrchr(path, '/');
-    char kind = '\0';
+    char part = '\0', whole = '\0';
     for (name = name != NULL ? name + 1 : path; *name != '\0'; name++) {
-        kind = strncmp(name, "train", 5) == 0 ? 't' : strncmp(name, "val", 3) == 0 ? 'v' : kind;
+        part = strncmp(name, "train", 5) == 0 ? 't' : strncmp(name, "val", 3) == 0 ? 'v' : part;
+        size_t length = 0;
+        while (isalpha((unsigned char)name[length])) {
+            length++;
+        }
+        bool begins = name == path || !isalpha((unsigned char)name[-1]);
+        for (size_t w = 0; begins && w < sizeof words / sizeof words[0]; w++) {
+            whole = strlen(words[w]) == length && strncmp(name, words[w], length) == 0 ? words[w][0] : whole;
+        }
     }
-    return kind;
+    return whole != '\0' ? whole : part;
 }
 
 /* path_list (train/files.h) for shards; `pattern` is DATALOADER_TRAIN_PATTERN or DATALOADER_VAL_PATTERN. Of a folder, only those

@@ -20,6 +20,7 @@ import hashlib
 import html.parser
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -156,7 +157,9 @@ def prose_of(folder, limit):
 
 def kernel_of(folder):
     """The kernel's documentation and its code."""
-    archive = next(folder.rglob("linux-source-*.tar.xz"))
+    archive = next(folder.rglob("linux-source-*.tar.xz"), None)
+    if archive is None:
+        raise SystemExit(f"{folder}: no linux-source-*.tar.xz in it; remove this folder, to fetch it again")
     prose, code = [], []
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -176,8 +179,11 @@ def fetch(package, cache):
     if not folder.is_dir():
         if subprocess.run(["apt-get", "download", "-qq", package], cwd=cache, capture_output=True).returncode != 0:
             return None
-        deb = next(cache.glob(f"{package}_*.deb"))
-        subprocess.run(["dpkg", "-x", deb, folder], check=True)
+        deb, part = next(cache.glob(f"{package}_*.deb")), cache / f"{package}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        if subprocess.run(["dpkg", "-x", deb, part]).returncode != 0:
+            raise SystemExit(f"{deb}: cannot be unpacked; make room, or remove it, to fetch it again")
+        part.rename(folder)  # whole, or not there
         deb.unlink()
     return folder
 
@@ -204,6 +210,9 @@ def main():
     parser.add_argument("--code-bytes", type=float, default=42e6, help="bytes of C")
     parser.add_argument("--package-bytes", type=float, default=0, help="most from one package; 0: a tenth of the prose")
     args = parser.parse_args()
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise SystemExit(f"{tool} is missing: this needs Debian, or what is made from it")
     args.cache.mkdir(parents=True, exist_ok=True)
     cache = args.cache.resolve()
     most = args.package_bytes or args.prose_bytes / 10
@@ -222,8 +231,12 @@ def main():
         prose.update(found)
     chosen = {**choose(prose.values(), args.prose_bytes), **choose(code, args.code_bytes)}
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, text in chosen.items():
-        (args.out / f"{name[:20]}.txt").write_text(text)
+    files = {f"{name[:20]}.txt": text for name, text in chosen.items()}
+    others = sorted(p.name for p in args.out.iterdir() if p.name not in files)
+    if others:
+        raise SystemExit(f"{args.out}: {len(others)} other files are there, such as {others[0]}; remove them, or choose another -o")
+    for name, text in files.items():
+        (args.out / name).write_text(text)
     size = sum(map(len, chosen.values()))
     print(
         f"{args.out}: {len(chosen)} documents, {size / 1e6:.1f} MB; of "

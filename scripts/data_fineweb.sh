@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
     shift || break
 done
 [ "$shards" -ge 1 ] 2>/dev/null && [ "$shards" -le 103 ] || fail "-n $shards: expected a number of shards in 1..103"
+shards=$((10#$shards)) # 08 is 8
 [ -n "$out" ] || fail '-o needs a folder'
 command -v curl >/dev/null || fail 'curl is missing; apt-get install curl'
 mkdir -p "$out" || fail "$out: cannot be made"

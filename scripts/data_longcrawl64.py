@@ -18,10 +18,11 @@ it, so that all T tokens are predicted: it is stored as 50256 and its T tokens, 
 (dataloader.h). With -d = --batch-rows * T and `--data-order file`, step s reads what the official data module calls batch s.
 
 --val-tokens are taken from heldout.zarr in the same order, all of the first --val-tokens / 65536 rows. Shards have names
-longcrawl64_{train,val}_NNNNNN.bin; those that are whole already are kept, so a conversion that was stopped goes on.
+longcrawl64_{train,val}_NNNNNN.bin; those that are whole already, and of the same rows of the same array, are kept, so a conversion that was stopped goes on.
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 import sys
@@ -118,17 +119,19 @@ class Split:
         return np.concatenate(parts)
 
 
-def header(windows, T):
+def header(windows, split):
+    """With a mark, for this script alone, of what decides which windows a shard holds but does not show in its size."""
     words = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    words[:5] = MAGIC, VERSION, windows * (T + 1), VOCAB_SIZE, T + 1
+    origin = hashlib.sha256(f"{split.array.path.resolve()} {split.array.count} {split.rows}".encode()).digest()
+    words[:6] = MAGIC, VERSION, windows * (split.T + 1), VOCAB_SIZE, split.T + 1, int.from_bytes(origin[:3], "little")
     return words.tobytes()
 
 
-def is_whole(path, windows, T):
-    if not path.is_file() or path.stat().st_size != HEADER_BYTES + 2 * windows * (T + 1):
+def is_whole(path, windows, split):
+    if not path.is_file() or path.stat().st_size != HEADER_BYTES + 2 * windows * (split.T + 1):
         return False
     with open(path, "rb") as file:
-        return file.read(HEADER_BYTES) == header(windows, T)
+        return file.read(HEADER_BYTES) == header(windows, split)
 
 
 def write_split(split, name, out, shard_tokens):
@@ -137,12 +140,12 @@ def write_split(split, name, out, shard_tokens):
     for i in range(count):
         begin, end = i * per_shard, min((i + 1) * per_shard, split.windows)
         path = out / f"longcrawl64_{name}_{i:06d}.bin"
-        if is_whole(path, end - begin, split.T):
+        if is_whole(path, end - begin, split):
             print(f"{path}: there already", flush=True)
             continue
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
-            file.write(header(end - begin, split.T))
+            file.write(header(end - begin, split))
             for first in range(begin, end, CHUNK):
                 file.write(split.read(first, min(first + CHUNK, end)).tobytes())
         temporary.replace(path)

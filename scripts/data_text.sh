@@ -8,7 +8,7 @@
 # vocabulary than tests/data/gpt2/gpt2.tiktoken. Further options go to ./make_shards (--help lists them), which is built if need
 # be.
 set -u
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$0")/.." >/dev/null && pwd)
 out=data
 vocab=$here/tests/data/gpt2/gpt2.tiktoken
 rest=()
@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#rest[@]} -gt 0 ] || fail 'no text given; usage: scripts/data_text.sh FOLDER... [-o OUT] [--vocab FILE]'
 [ -n "$out" ] || fail '-o needs a folder'
-[ -f "$vocab" ] || fail "$vocab: this vocabulary is not there; --vocab FILE names another one"
+[ -e "$vocab" ] || fail "$vocab: this vocabulary is not there; --vocab FILE names another one"
 if [ ! -x "$here/make_shards" ]; then
     make -C "$here" make_shards >/dev/null || fail "make_shards cannot be built; run make in $here to see why"
 fi

@@ -21,7 +21,12 @@ def load(source, layer, head, bound=8.0):
         return figures.first_blocks(c[layer, head], bound), figures.GATES_BLOCK, c.shape[2], "paper's test"
     record = figures.of_kind(source, "ranges")[-1]
     check((len(record["first"]), len(record["first"][0])), layer, head)
-    return (np.array(record["first"][layer][head]), record["block"], record["context"], f"--acp {figures.options_of(source)['acp']}")
+    return (
+        np.array(record["first"][layer][head]),
+        record["block"],
+        record["context"],
+        f"--acp {figures.options_of(source, record)['acp']}",
+    )
 
 
 def check(shape, layer, head):

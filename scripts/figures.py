@@ -37,8 +37,12 @@ def records(run):
     path = file_of(run)
     if not path.is_file():
         raise SystemExit(f"{path}: not there; expected the folder of a run, or its metrics.jsonl or eval.jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except ValueError:
+        raise SystemExit(f"{path}: no text, and so no records of train_fox")
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
             found[-1]["kind"], found[-1]["step"]
@@ -55,8 +59,14 @@ def of_kind(run, kind):
     return found
 
 
-def options_of(run):
-    return of_kind(run, "run")[-1]["settings"]["options"]
+def options_of(run, record=None):
+    """The options of the run's last start; given one of its records, of the start that wrote it."""
+    starts = of_kind(run, "run")
+    if record is not None:
+        found = records(run)
+        before = max(i for i, r in enumerate(found) if r == record)
+        starts = [r for r in found[:before] if r["kind"] == "run"] or starts
+    return starts[-1]["settings"]["options"]
 
 
 def at_step(found, step):
@@ -119,7 +129,7 @@ def head_fractions(source, bound, step=None):
         fractions = [[skipped_fraction(first_blocks(head, bound)) for head in layer] for layer in c]
         return np.array(fractions), f"{c.shape[2]:,} tokens of {pathlib.Path(source).name}"
     record = at_step(of_kind(source, "pruning"), step)
-    options = options_of(source)
+    options = options_of(source, record)
     return (
         np.array(record["layers"], dtype=float),
         f"{pathlib.Path(options['model']).name}, T = {options['context']:,}, --acp {options['acp']}, step {record['step']:,}",

@@ -13,14 +13,14 @@
 # Run scripts/launch.sh 4 ./nccl_bandwidth first: on NVLink it shows hundreds of GB/s. SIGTERM or Ctrl-C to this script saves a
 # checkpoint and ends with 0; the same command goes on from it (-y). mpirun starts the ranks where it is installed.
 set -u
-cd "$(dirname "$0")/.." || exit 1
 if [ $# -lt 2 ]; then
     echo 'usage: scripts/run_4gpu.sh DATA OUT [options of train_fox]' >&2
     exit 1
 fi
-data=$1
-out=$2
+data=$(realpath -m -- "$1")
+out=$(realpath -m -- "$2")
 shift 2
+cd "$(dirname "$0")/.." || exit 1
 command=(./train_fox -i "$data" -o "$out" -e "${MODEL:-fox-pro-360m}" -T 16384 -b 2 -d 524288 -n 500 -y "$@")
 if ! command -v mpirun >/dev/null; then
     exec scripts/launch.sh "${GPUS:-4}" "${command[@]}"

@@ -20,14 +20,16 @@
 # `scripts/throughput_table.sh --checkpoint`. Further options go to dev/compare_training.py. When a run fails no other starts, those
 # beside it go on to their end, and $OUT.RUN.log holds what it said.
 set -u -o pipefail
-cd "$(dirname "$0")/.." || exit 1
 fail() {
     echo "run_quality_125m.sh: error: $*" >&2
     exit 1
 }
 [ $# -gt 0 ] || fail 'no data; usage: scripts/run_quality_125m.sh FOLDER_OF_SHARDS [options of dev/compare_training.py]'
-data=$1
+data=$(realpath -m -- "$1")
 shift
+OUT=${OUT:+$(realpath -m -- "$OUT")}
+KEEP=${KEEP:+$(realpath -m -- "$KEEP")}
+cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-build/quality_125m}
 [ -z "${OUT:-}" ] || [ ! -d "$OUT" ] || out=$OUT/quality_125m
 mkdir -p "$(dirname "$out")"

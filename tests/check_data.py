@@ -92,7 +92,7 @@ def check_order(t, folder):
     words = [header_of(path) for path in shards]
     t.equal(len(shards), 4, "shards of 67 windows")
     t.equal(sum(int(w[2]) for w in words), 256 * (T + 1), "tokens in all shards")
-    t.check(all(w[0] == 20240520 and w[1] == 2 and w[3] == 50257 and w[4] == T + 1 and not w[5:].any() for w in words), "headers")
+    t.check(all(w[0] == 20240520 and w[1] == 2 and w[3] == 50257 and w[4] == T + 1 and not w[6:].any() for w in words), "headers")
     t.check(all(path.stat().st_size == 1024 + 2 * w[2] for path, w in zip(shards, words)), "sizes of the files")
     plan, data = plan_of(out, T, 32, 8), tokens_of(70, 0, ROW, 1)
     t.equal(plan.windows, 256, "windows that train_fox finds")
@@ -111,6 +111,12 @@ def check_order(t, folder):
     t.run(convert, "conversion, again")
     t.check(all(path.read_bytes() == content for path, (_, content) in before.items()), "a conversion goes on")
     t.check(shards[0].stat().st_mtime_ns == before[shards[0]][0], "a whole shard is kept")
+    again, fresh = folder / "again", folder / "fresh"
+    for where, rows in ((again, 32), (again, 35), (fresh, 35)):
+        t.run([*convert, "-o", where, "--batch-rows", rows], f"conversion with {rows} rows in a batch")
+    names = sorted(path.name for path in fresh.iterdir())
+    t.equal(sorted(path.name for path in again.iterdir()), names, "shards of another conversion")
+    t.check(all((again / name).read_bytes() == (fresh / name).read_bytes() for name in names), "shards of other rows are not kept")
     t.fails(
         [*CONVERT, source, "-o", out, "-T", T, "--tokens", 1e6, "--shard-tokens", 1.1e6],
         "larger conversion",

@@ -6,6 +6,7 @@
 Ends with "N passed, N failed".
 """
 
+import json
 import pathlib
 import shutil
 import struct
@@ -192,6 +193,13 @@ def check_scripts(t, run, folder):
         t.fails([sys.executable, "-S", script, run, "-o", folder / "x.png"], "numpy is missing", f"{script.name} without packages")
     blocks = [sys.executable, ROOT / "scripts" / "figure_blocks.py"]
     t.fails([*blocks, run, "-o", folder / "x.png"], "no records of kind 'ranges': ./train_fox --eval writes them", "blocks of a training")
+    later, twice = figures.of_kind(run / "eval.jsonl", "run")[-1], folder / "twice.jsonl"
+    acp = later["settings"]["options"]["acp"]
+    later["settings"]["options"].update(acp="off", sample_prompt="a\u2028b")  # an evaluation that writes no ranges
+    twice.write_text((run / "eval.jsonl").read_text() + json.dumps(later, ensure_ascii=False) + "\n", encoding="utf-8")
+    title = figure_blocks.draw(twice, 2, 1).axes[0].get_title()
+    t.check(acp != "off" and title.endswith(f"--acp {acp}"), f"blocks: the options of the evaluation that wrote them: {title}")
+    t.fails([*blocks, folder / "data" / "train_000000.bin", "-o", folder / "x.png"], "no records of train_fox", "blocks of a shard")
     only = folder / "only"  # what --eval leaves with an -o of its own
     only.mkdir()
     shutil.copy(run / "eval.jsonl", only)

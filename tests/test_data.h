@@ -931,13 +931,15 @@ static void data_test_big_shard(Tests *t) {
     remove(path);
 }
 
-/* In a folder the last of "train" and "val" in a name decides. */
+/* In a folder the last of "train" and "val" in a name decides, whole words first. */
 static void data_test_kinds(Tests *t) {
     static const struct {
         const char *name;
         char kind;
     } cases[] = {{"train_0.bin", 't'},          {"a/val.bin", 'v'},   {"medieval_train_0.bin", 't'}, {"constrained_val_0.bin", 'v'},
-                 {"train/interval_val.bin", 'v'}, {"val/other.bin", 0}, {"*train*.bin", 't'}};
+                 {"train/interval_val.bin", 'v'}, {"val/other.bin", 0}, {"*train*.bin", 't'}, {"*val*.bin", 'v'},
+                 {"train_retrieval.bin", 't'}, {"train-values.bin", 't'}, {"medieval.bin", 'v'}, {"pretrain7.bin", 't'},
+                 {"x_validation_0.bin", 'v'}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         check(t, dataloader_kind(cases[i].name) == cases[i].kind, "data: kind of %s", cases[i].name);
     }

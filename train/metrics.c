@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -304,6 +305,11 @@ static void show_progress(Metrics *m, const StepRecord *s) {
                          (double)s->step_tokens / m->step_seconds, pruned, left);
     m->last_line = now;
     if (m->terminal) {
+        struct winsize window; /* a line that breaks would stay, and the next begin below it */
+        int columns = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0 ? window.ws_col : 80;
+        width = width < columns ? width : columns - 1;
+        line[width] = '\0';
+        m->live_width = m->live_width < columns ? m->live_width : columns - 1;
         printf("\r%s%*s", line, m->live_width > width ? m->live_width - width : 0, "");
         m->live_width = width;
     } else {

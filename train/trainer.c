@@ -446,7 +446,7 @@ static void format_setting(const Json *value, char text[200]) {
     if (value->type == JSON_STRING) {
         snprintf(text, 200, "%s", value->string);
     } else if (value->type == JSON_NUMBER) {
-        snprintf(text, 200, "%g", value->number);
+        value->is_integer ? snprintf(text, 200, "%lld", (long long)value->integer) : snprintf(text, 200, "%.15g", value->number);
     } else {
         snprintf(text, 200, "%s", value->type == JSON_BOOL && value->boolean ? "on" : "off");
     }
