@@ -39,10 +39,10 @@ int main(int argc, char **argv) {
         if (ok && trainer_due(&t, o->pruning_every)) {
             trainer_report_pruning(&t);
         }
-        if (ok && trainer_due(&t, o->val_every)) {
+        if (ok && trainer_due(&t, o->val_every) && !trainer_stops(&t)) { // who asks to stop will not wait for long
             ok = trainer_validate(&t, &err);
         }
-        if (ok && trainer_due(&t, o->sample_every)) {
+        if (ok && trainer_due(&t, o->sample_every) && !trainer_stops(&t)) {
             trainer_sample(&t);
         }
         if (ok && trainer_due(&t, o->checkpoint_every)) {

@@ -96,7 +96,7 @@ int main(int argc, char **argv) {
     err.text[0] = '\0';
     bool ok = ranks_init(&ranks, &argc, &argv, &err);
     if (ok) {
-        ranks_patience(&ranks, 60, 40, true); // exchanges that never end
+        ranks_patience(&ranks, 60, 0, 40, true); // exchanges that never end
         ranks_working(&ranks, 0);
         bool ready = ranks.size > 1 && cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0 &&
                      cudaSetDevice(ranks.local_rank % devices) == cudaSuccess && cudaMalloc(&values, (size_t)largest) == cudaSuccess;

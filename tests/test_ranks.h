@@ -94,6 +94,8 @@ typedef struct WatchCase {
     double idle;    /* then so many seconds more */
     bool idle_rest; /* of rest */
     double limit;   /* seconds after which that is a hang; 0: it is none */
+    double stopped; /* before it idles: its whole process, for so many seconds */
+    double more;    /* of patience, however long a rest may be */
 } WatchCase;
 
 enum { WATCH_PATIENCE = 1 };
@@ -125,12 +127,21 @@ FOX_NORETURN static void watch_process(const Tests *t, const WatchCase *c, int r
         fprintf(stderr, "%s\n", err.text);
         _exit(3);
     }
-    ranks_patience(&ranks, rank == c->rank ? 0 : WATCH_PATIENCE, 60, false); // who has waited longer than the other idles is no suspect
+    ranks_patience(&ranks, rank == c->rank ? 0 : WATCH_PATIENCE, 0, 60, false); // who has waited longer than the other idles is no suspect
     if (rank == c->rank) {
         watch_mark(&ranks, c->rests, 5);
         run_sleep(c->pause);
         watch_mark(&ranks, c->idle_rest, 6);
-        ranks_patience(&ranks, WATCH_PATIENCE, 60, c->forget);
+        ranks_patience(&ranks, WATCH_PATIENCE, c->more, 60, c->forget);
+        if (c->stopped > 0) { // the main thread may be the first to run again
+            if (fork() == 0) {
+                run_sleep(c->stopped);
+                kill(getppid(), SIGCONT);
+                _exit(0);
+            }
+            raise(SIGSTOP);
+            watch_mark(&ranks, false, 6);
+        }
         run_sleep(c->idle);
         watch_mark(&ranks, c->idle_rest, 7);
     }
@@ -142,15 +153,17 @@ FOX_NORETURN static void watch_process(const Tests *t, const WatchCase *c, int r
  * side by side, each of two processes. Statuses travel, and are judged, once a second. */
 static void test_ranks_watch(Tests *t) {
     static const WatchCase cases[] = {
-        {"no pause, idle for 8 s", 1, 0, false, false, 8, false, 1},
-        {"a pause of 1.5 s, idle for 4 s", 1, 1.5, false, false, 4, false, 0},
-        {"a pause of 1.5 s of rank 0, idle for 4 s", 0, 1.5, false, false, 4, false, 0},
-        {"a pause of 1.5 s, idle for 12 s", 1, 1.5, false, false, 12, false, 7},
-        {"a pause of 1.5 s of rank 0, idle for 12 s", 0, 1.5, false, false, 12, false, 7},
-        {"a forgotten pause of 1.5 s, idle for 8 s", 1, 1.5, false, true, 8, false, 1},
-        {"a rest of 1.5 s is no pause, idle for 8 s", 1, 1.5, true, false, 8, false, 1},
-        {"a rest of 8 s", 1, 0, false, false, 8, true, 0},
-        {"a rest of 8 s of rank 0", 0, 0, false, false, 8, true, 0},
+        {"no pause, idle for 8 s", 1, 0, false, false, 8, false, 1, 0, 0},
+        {"a pause of 1.5 s, idle for 4 s", 1, 1.5, false, false, 4, false, 0, 0, 0},
+        {"a pause of 1.5 s of rank 0, idle for 4 s", 0, 1.5, false, false, 4, false, 0, 0, 0},
+        {"a pause of 1.5 s, idle for 12 s", 1, 1.5, false, false, 12, false, 7, 0, 0},
+        {"a pause of 1.5 s of rank 0, idle for 12 s", 0, 1.5, false, false, 12, false, 7, 0, 0},
+        {"a forgotten pause of 1.5 s, idle for 8 s", 1, 1.5, false, true, 8, false, 1, 0, 0},
+        {"a rest of 1.5 s is no pause, idle for 8 s", 1, 1.5, true, false, 8, false, 1, 0, 0},
+        {"a rest of 8 s", 1, 0, false, false, 8, true, 0, 0, 0},
+        {"a rest of 8 s of rank 0", 0, 0, false, false, 8, true, 0, 0, 0},
+        {"a process that was stopped for 7 s, idle for 12 s", 1, 0, false, false, 12, false, 1, 7, 0},
+        {"five more seconds of patience, idle for 12 s", 1, 0, false, false, 12, false, 6, 0, 5},
     };
     enum { CASES = sizeof cases / sizeof cases[0] };
     pid_t processes[CASES][2];

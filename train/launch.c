@@ -43,8 +43,9 @@ static int find_launcher(void) {
     return -1;
 }
 
+/* An address at which only this machine's ranks reach socket_listen's own one. */
 static bool is_this_machine(const char *address) {
-    return strcmp(address, "localhost") == 0 || strncmp(address, "127.", 4) == 0 || strcmp(address, "::1") == 0;
+    return strcmp(address, "localhost") == 0 || strcmp(address, "127.0.0.1") == 0;
 }
 
 static bool from_environment(Launch *l, int launcher, FoxError *err) {
@@ -57,6 +58,8 @@ static bool from_environment(Launch *l, int launcher, FoxError *err) {
         return fox_fail(err, "MASTER_ADDR is missing: the address of rank 0, as the other ranks reach it");
     }
     snprintf(l->address, sizeof l->address, "%s", address);
+    const char *agent = getenv("TORCHELASTIC_USE_AGENT_STORE"); // torchrun itself listens on MASTER_PORT then
+    l->port += agent != NULL && strcmp(agent, "True") == 0 ? (l->port < 65535 ? 1 : -1) : 0;
     uint64_t numbers[2] = {(uint64_t)l->size, (uint64_t)l->port};
     l->cookie = fox_hash(fox_hash(0, numbers, sizeof numbers), job != NULL ? job : "", job != NULL ? strlen(job) : 0);
     if (l->rank == 0) {

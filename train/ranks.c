@@ -103,6 +103,7 @@ static bool connect_both(const Launch *launch, Greeting g, int *sockets[CONNECTI
             return false;
         }
         sockets[g.connection][0] = fd;
+        socket_limit(fd, MEETING_SECONDS + 2 * GREETING_SECONDS); // until all have met; another program at that port would say nothing
         if (!socket_send(fd, &g, sizeof g)) {
             return fox_fail(err, "rank 0 at %s, port %d, turned rank %d away", launch->address, launch->port, launch->rank);
         }
@@ -114,8 +115,14 @@ static bool connect_both(const Launch *launch, Greeting g, int *sockets[CONNECTI
 static bool share_greetings(const Launch *launch, int *sockets[CONNECTIONS], Greeting *greetings, FoxError *err) {
     int64_t bytes = (int64_t)sizeof(Greeting) * launch->size;
     if (launch->rank != 0) {
-        return socket_receive(sockets[DATA][0], greetings, bytes) ||
-               fox_fail(err, "rank 0 at %s, port %d, gave up before all ranks had come", launch->address, launch->port);
+        if (!socket_receive(sockets[DATA][0], greetings, bytes)) {
+            return fox_fail(err, "rank 0 at %s, port %d, gave up before all ranks had come, or another program has that port", launch->address,
+                            launch->port);
+        }
+        for (int c = 0; c < CONNECTIONS; c++) {
+            socket_limit(sockets[c][0], 0);
+        }
+        return true;
     }
     for (int r = 1; r < launch->size; r++) {
         if (!socket_send(sockets[DATA][r], greetings, bytes)) {
@@ -423,9 +430,9 @@ void ranks_resting(const Ranks *ranks) {
     }
 }
 
-void ranks_patience(const Ranks *ranks, double progress, double silence, bool forget) {
+void ranks_patience(const Ranks *ranks, double progress, double more, double silence, bool forget) {
     if (ranks->links != NULL) {
-        watch_patience(ranks->links->watch, progress, silence, forget);
+        watch_patience(ranks->links->watch, progress, more, silence, forget);
     }
 }
 

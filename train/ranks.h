@@ -56,10 +56,10 @@ FOX_PRINTF(2, 3) FOX_NORETURN void ranks_fail(const Ranks *, const char *format,
  * pause is a hang. Or it does something that may take thirty times as long. */
 void ranks_working(const Ranks *, int64_t step);
 void ranks_resting(const Ranks *);
-/* When a rank counts as hung: so many seconds without progress, beyond four times its longest pause so far (0: never; so it
- * is until the first call). And when as stopped: so many seconds of silence (0: never). forget: the pauses so far are not the
- * usual ones. */
-void ranks_patience(const Ranks *, double progress, double silence, bool forget);
+/* When a rank counts as hung: so many seconds without progress, and `more`, beyond four times its longest pause so far (0: never; so
+ * it is until the first call); a rest makes thirty times of the first. And when as stopped: so many seconds of silence (0: never).
+ * forget: the pauses so far are not the usual ones. */
+void ranks_patience(const Ranks *, double progress, double more, double silence, bool forget);
 
 /* A device's part in the watch. Both are called from the watch's thread. */
 typedef struct RanksGuard {

@@ -110,12 +110,23 @@ static int connect_until(int fd, const struct addrinfo *address, double deadline
     return fcntl(fd, F_SETFL, flags) == 0 ? 0 : errno;
 }
 
+/* While nobody listens at a port of this machine, a socket may get that port for itself, and meet itself. */
+static bool is_own_end(int fd) {
+    struct sockaddr_storage own, peer;
+    socklen_t own_size = sizeof own, peer_size = sizeof peer;
+    memset(&own, 0, sizeof own);
+    memset(&peer, 0, sizeof peer);
+    return getsockname(fd, (struct sockaddr *)&own, &own_size) == 0 && getpeername(fd, (struct sockaddr *)&peer, &peer_size) == 0 &&
+           own_size == peer_size && memcmp(&own, &peer, own_size) == 0;
+}
+
 /* Tries each address, for ten seconds at most. -1 and errno. */
 static int connect_once(const struct addrinfo *addresses, double deadline) {
     int reason = EHOSTUNREACH;
     for (const struct addrinfo *a = addresses; a != NULL; a = a->ai_next) {
         int fd = socket(a->ai_family, SOCK_STREAM, 0);
         reason = fd < 0 ? errno : connect_until(fd, a, fmin(deadline, fox_now() + 10));
+        reason = reason == 0 && is_own_end(fd) ? ECONNREFUSED : reason;
         if (fd >= 0 && reason == 0) {
             return prepare(fd);
         }

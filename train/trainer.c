@@ -93,8 +93,8 @@ static bool read_options(Trainer *t, int argc, char **argv, FoxError *err) {
 /* How long another rank may give no sign of life. The start and the first step take what no other step takes; the second has as much
  * time, and shows how long pauses usually are. */
 static void set_patience(const Trainer *t) {
-    double seconds = (double)t->options.hang_timeout, more = t->steps_made < 2 ? START_SECONDS : 0;
-    ranks_patience(&t->ranks, seconds > 0 ? seconds + more : 0, seconds, t->steps_made < 2);
+    double seconds = (double)t->options.hang_timeout;
+    ranks_patience(&t->ranks, seconds, t->steps_made < 2 ? START_SECONDS : 0, seconds, t->steps_made < 2);
 }
 
 bool trainer_start(Trainer *t, int *argc, char ***argv, FoxError *err) {
@@ -593,8 +593,12 @@ void trainer_begin_save(Trainer *t) {
 
 /* ---- a step */
 
+bool trainer_stops(const Trainer *t) {
+    return ranks_max_int(&t->ranks, stop_requested != 0) != 0;
+}
+
 bool trainer_ended(const Trainer *t) {
-    return ranks_max_int(&t->ranks, stop_requested != 0) || t->state.step >= t->options.steps;
+    return trainer_stops(t) || t->state.step >= t->options.steps;
 }
 
 bool trainer_due(const Trainer *t, int64_t every) {

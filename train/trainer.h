@@ -61,6 +61,9 @@ bool trainer_open_backend(Trainer *, FoxError *);
  * SIGUSR1 and SIGHUP. */
 bool trainer_open_output(Trainer *, FoxError *);
 
+/* True when a signal asked for the end. Collective. */
+bool trainer_stops(const Trainer *);
+
 /* True when all steps are done, or a signal asked for the end. Collective. */
 bool trainer_ended(const Trainer *);
 

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #define BEAT 1.0             /* seconds between two statuses */
+#define STOPPED (5 * BEAT)   /* a thread that did not come to run for so long was stopped, with its process */
 #define SILENCE 40.0         /* seconds without any, after which a rank counts as stopped, until ranks_patience says otherwise */
 #define PAUSES 4             /* times the longest pause so far, which is no hang yet */
 #define REST 30              /* times as long may a rank rest */
@@ -54,7 +55,8 @@ struct Watch {
     int waits_for;
     int64_t step, meeting;
     double since, longest; /* last progress; longest pause */
-    double patience, silence;
+    double turned;         /* when the watching thread last came round */
+    double patience, more, silence;
     RanksGuard guard; /* check NULL: none */
     Message seen;     /* own_status's last answer, but for `idle`, and `since` as it was then */
     double seen_since;
@@ -63,10 +65,10 @@ struct Watch {
 
 /* ---- what the main thread says */
 
-/* Progress: the pause that ends here counts for what is usual. */
+/* Progress: the pause that ends here counts for what is usual, unless this process was stopped meanwhile. */
 static void progress(Watch *w, State state) {
     double now = fox_now();
-    if (w->state == WORKING && now - w->since > w->longest) {
+    if (w->state == WORKING && now - w->turned <= STOPPED && now - w->since > w->longest) {
         w->longest = now - w->since;
     }
     w->since = now;
@@ -122,10 +124,11 @@ void watch_end(Watch *w) {
     pthread_mutex_unlock(&w->mutex);
 }
 
-void watch_patience(Watch *w, double progress_seconds, double silence, bool forget) {
+void watch_patience(Watch *w, double progress_seconds, double more, double silence, bool forget) {
     pthread_mutex_lock(&w->mutex);
     w->longest = forget ? 0 : w->longest;
     w->patience = progress_seconds;
+    w->more = more;
     w->silence = silence;
     pthread_mutex_unlock(&w->mutex);
 }
@@ -160,7 +163,7 @@ static Message own_status(Watch *w) {
         m->sent = w->sent;
         m->meeting = w->meeting;
         m->step = w->step;
-        m->limit = w->patience > 0 ? w->patience * (w->state == RESTING ? REST : 1) + PAUSES * w->longest : 0;
+        m->limit = w->patience > 0 ? w->patience * (w->state == RESTING ? REST : 1) + w->more + PAUSES * w->longest : 0;
         w->seen_since = w->since;
     }
     Message answer = *m;
@@ -175,7 +178,8 @@ static Message own_status(Watch *w) {
 
 static void tell(Watch *w, const Message *m) {
     for (int i = 0; i < w->peer_count; i++) {
-        if (!w->peers[i].left && w->peers[i].fd >= 0) {
+        struct pollfd room = {w->peers[i].fd, POLLOUT, 0}; // when there is any, there is far more than a message takes: none is cut
+        if (!w->peers[i].left && w->peers[i].fd >= 0 && poll(&room, 1, 0) > 0) {
             send(w->peers[i].fd, m, sizeof *m, MSG_NOSIGNAL | MSG_DONTWAIT); // who does not listen is lost anyway
         }
     }
@@ -369,13 +373,15 @@ static void beat(Watch *w, double now) {
     }
 }
 
-/* This process was stopped for a while: what the others sent is still to be read, and its main thread did not hang. */
-static void forgive(Watch *w, double now) {
-    for (int i = 0; i < w->peer_count; i++) {
+/* The watching thread comes round. Where this process was stopped for a while what the others sent is still to be read, and its main
+ * thread did not hang. */
+static void come_round(Watch *w, double now, bool stopped) {
+    for (int i = 0; stopped && i < w->peer_count; i++) {
         w->peers[i].heard = now;
     }
     if (lock_in_time(w)) {
-        w->since = now;
+        w->since = stopped ? now : w->since;
+        w->turned = now;
         pthread_mutex_unlock(&w->mutex);
     }
 }
@@ -397,9 +403,7 @@ static void *watch_loop(void *context) {
         waiting[w->peer_count].events = POLLIN;
         poll(waiting, (nfds_t)w->peer_count + 1, (int)(1e3 * BEAT / 4));
         double now = fox_now();
-        if (now - last > 5 * BEAT) {
-            forgive(w, now);
-        }
+        come_round(w, now, now - last > STOPPED);
         last = now;
         for (int i = 0; i < w->peer_count; i++) {
             if (waiting[i].revents != 0 && w->peers[i].fd >= 0) {
@@ -428,7 +432,7 @@ Watch *watch_start(const Ranks *ranks, const int *control, bool by_mpi) {
         peer->heard = now;
     }
     w->parent = by_mpi ? getppid() : 0;
-    w->since = now;
+    w->since = w->turned = now;
     w->silence = SILENCE;
     pthread_mutex_init(&w->mutex, NULL);
     int code = pipe(w->wake) != 0 ? errno : pthread_create(&w->thread, NULL, watch_loop, w);

@@ -27,7 +27,7 @@ Watch *watch_start(const Ranks *ranks, const int *control, bool by_mpi);
 void watch_stop(Watch *);
 
 /* See ranks_patience, ranks_guard, ranks_working and ranks_resting. */
-void watch_patience(Watch *, double progress, double silence, bool forget);
+void watch_patience(Watch *, double progress, double more, double silence, bool forget);
 void watch_guard(Watch *, const RanksGuard *);
 void watch_working(Watch *, int64_t step);
 void watch_resting(Watch *);
