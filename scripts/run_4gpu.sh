@@ -17,8 +17,11 @@ if [ $# -lt 2 ]; then
     echo 'usage: scripts/run_4gpu.sh DATA OUT [options of train_fox]' >&2
     exit 1
 fi
-data=$(realpath -m -- "$1")
-out=$(realpath -m -- "$2")
+absolute() { # PATH
+    case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
+data=$(absolute "$1")
+out=$(absolute "$2")
 shift 2
 cd "$(dirname "$0")/.." || exit 1
 command=(./train_fox -i "$data" -o "$out" -e "${MODEL:-fox-pro-360m}" -T 16384 -b 2 -d 524288 -n 500 -y "$@")

@@ -25,10 +25,13 @@ fail() {
     exit 1
 }
 [ $# -gt 0 ] || fail 'no data; usage: scripts/run_quality_125m.sh FOLDER_OF_SHARDS [options of dev/compare_training.py]'
-data=$(realpath -m -- "$1")
+absolute() { # PATH
+    case $1 in '' | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
+data=$(absolute "$1")
 shift
-OUT=${OUT:+$(realpath -m -- "$OUT")}
-KEEP=${KEEP:+$(realpath -m -- "$KEEP")}
+OUT=$(absolute "${OUT:-}")
+KEEP=$(absolute "${KEEP:-}")
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-build/quality_125m}
 [ -z "${OUT:-}" ] || [ ! -d "$OUT" ] || out=$OUT/quality_125m

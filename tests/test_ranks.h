@@ -162,7 +162,11 @@ static void test_ranks_watch(Tests *t) {
         {"a rest of 1.5 s is no pause, idle for 8 s", 1, 1.5, true, false, 8, false, 1, 0, 0},
         {"a rest of 8 s", 1, 0, false, false, 8, true, 0, 0, 0},
         {"a rest of 8 s of rank 0", 0, 0, false, false, 8, true, 0, 0, 0},
+        /* which thread runs first then is chance: more than once */
+        {"a process that was stopped for 6 s, idle for 12 s", 1, 0, false, false, 12, false, 1, 6, 0},
+        {"a process that was stopped for 6.5 s, idle for 12 s", 1, 0, false, false, 12, false, 1, 6.5, 0},
         {"a process that was stopped for 7 s, idle for 12 s", 1, 0, false, false, 12, false, 1, 7, 0},
+        {"a process of rank 0 that was stopped for 7 s, idle for 12 s", 0, 0, false, false, 12, false, 1, 7, 0},
         {"five more seconds of patience, idle for 12 s", 1, 0, false, false, 12, false, 6, 0, 5},
     };
     enum { CASES = sizeof cases / sizeof cases[0] };

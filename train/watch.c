@@ -167,7 +167,8 @@ static Message own_status(Watch *w) {
         w->seen_since = w->since;
     }
     Message answer = *m;
-    answer.idle = fox_now() - w->seen_since;
+    double now = fox_now(); // a stop of this process since its thread last came round is not the main thread's
+    answer.idle = (now - w->turned > STOPPED ? w->turned : now) - w->seen_since;
     if (locked) {
         pthread_mutex_unlock(&w->mutex);
     }
