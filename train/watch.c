@@ -390,7 +390,7 @@ static void come_round(Watch *w, double now, bool stopped) {
 static void *watch_loop(void *context) {
     Watch *w = (Watch *)context;
     struct pollfd *waiting = FOX_NEW(struct pollfd, w->peer_count + 1);
-    double next = fox_now(), last = next;
+    double last = w->turned, next = last;
     sigset_t all;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, NULL); // signals are the main thread's
