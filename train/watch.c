@@ -48,14 +48,14 @@ struct Watch {
     int wake[2];
     pid_t parent; /* whose end is ours; 0: nobody's */
     pthread_t thread;
-    bool leaving;          /* atomic, as `ending` is */
+    bool leaving;          /* atomic, as `turned` and `ending` are */
+    double turned;         /* when the watching thread last came round */
     pthread_mutex_t mutex; /* guards what follows */
     bool sent;
     State state, before; /* before: what it was when it began to wait */
     int waits_for;
     int64_t step, meeting;
     double since, longest; /* last progress; longest pause */
-    double turned;         /* when the watching thread last came round */
     double patience, more, silence;
     RanksGuard guard; /* check NULL: none */
     Message seen;     /* own_status's last answer, but for `idle`, and `since` as it was then */
@@ -65,10 +65,16 @@ struct Watch {
 
 /* ---- what the main thread says */
 
+static double last_turn(Watch *w) {
+    double turned;
+    __atomic_load(&w->turned, &turned, __ATOMIC_ACQUIRE);
+    return turned;
+}
+
 /* Progress: the pause that ends here counts for what is usual, unless this process was stopped meanwhile. */
 static void progress(Watch *w, State state) {
     double now = fox_now();
-    if (w->state == WORKING && now - w->turned <= STOPPED && now - w->since > w->longest) {
+    if (w->state == WORKING && now - last_turn(w) <= STOPPED && now - w->since > w->longest) {
         w->longest = now - w->since;
     }
     w->since = now;
@@ -167,8 +173,8 @@ static Message own_status(Watch *w) {
         w->seen_since = w->since;
     }
     Message answer = *m;
-    double now = fox_now(); // a stop of this process since its thread last came round is not the main thread's
-    answer.idle = (now - w->turned > STOPPED ? w->turned : now) - w->seen_since;
+    double now = fox_now(), turned = last_turn(w); // a stop of this process since its thread came round is not the main thread's
+    answer.idle = (now - turned > STOPPED ? turned : now) - w->seen_since;
     if (locked) {
         pthread_mutex_unlock(&w->mutex);
     }
@@ -380,11 +386,11 @@ static void come_round(Watch *w, double now, bool stopped) {
     for (int i = 0; stopped && i < w->peer_count; i++) {
         w->peers[i].heard = now;
     }
-    if (lock_in_time(w)) {
-        w->since = stopped ? now : w->since;
-        w->turned = now;
+    if (stopped && lock_in_time(w)) {
+        w->since = now;
         pthread_mutex_unlock(&w->mutex);
     }
+    __atomic_store(&w->turned, &now, __ATOMIC_RELEASE); // after `since`: the main thread may be at progress() now
 }
 
 static void *watch_loop(void *context) {
