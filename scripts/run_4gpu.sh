@@ -17,9 +17,8 @@ if [ $# -lt 2 ]; then
     echo 'usage: scripts/run_4gpu.sh DATA OUT [options of train_fox]' >&2
     exit 1
 fi
-absolute() { # PATH
-    case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
-}
+# shellcheck source=scripts/scaling_lib.sh
+. "$(dirname "$0")/scaling_lib.sh"
 data=$(absolute "$1")
 out=$(absolute "$2")
 shift 2

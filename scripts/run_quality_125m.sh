@@ -25,9 +25,8 @@ fail() {
     exit 1
 }
 [ $# -gt 0 ] || fail 'no data; usage: scripts/run_quality_125m.sh FOLDER_OF_SHARDS [options of dev/compare_training.py]'
-absolute() { # PATH
-    case $1 in '' | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
-}
+# shellcheck source=scripts/scaling_lib.sh
+. "$(dirname "$0")/scaling_lib.sh"
 data=$(absolute "$1")
 shift
 OUT=$(absolute "${OUT:-}")

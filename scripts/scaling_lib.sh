@@ -1,5 +1,13 @@
 # shellcheck shell=bash
-# What scripts/scaling.sh and dev/check_ranks_gpu.sh share; sourced in the repository root.
+# What shell scripts share: functions.
+
+# absolute PATH: as seen from the folder that this is called in; nothing for nothing
+absolute() {
+    case $1 in
+    '' | /*) echo "$1" ;;
+    *) echo "$PWD/$1" ;;
+    esac
+}
 
 # launch N PROGRAM ...: on N GPUs; one needs no launcher.
 launch() {

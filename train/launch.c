@@ -43,7 +43,8 @@ static int find_launcher(void) {
     return -1;
 }
 
-/* An address at which only this machine's ranks reach socket_listen's own one. */
+/* Whether it is the address of a listener that only this machine reaches (socket_listen). Others, as 127.0.1.1 and ::1, need one
+ * at every address. */
 static bool is_this_machine(const char *address) {
     return strcmp(address, "localhost") == 0 || strcmp(address, "127.0.0.1") == 0;
 }

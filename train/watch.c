@@ -65,6 +65,7 @@ struct Watch {
 
 /* ---- what the main thread says */
 
+/* When the watching thread last came round, in seconds of fox_now. For both threads. */
 static double last_turn(Watch *w) {
     double turned;
     __atomic_load(&w->turned, &turned, __ATOMIC_ACQUIRE);
@@ -325,7 +326,7 @@ static void judge_progress(Watch *w) {
             rank = w->peers[i].rank;
         }
     }
-    if (worst == NULL && own_late) { // it waits, and nobody is late: nothing comes where both wait
+    if (worst == NULL && own_late) { // it waits too long, though nobody who works is late: nothing comes where both wait
         const Message *other = &w->peers[own.waits_for - 1].status;
         // what rank 0 waits for is there, and it does not take it; or it has, and the other is in the next collective already
         bool arrived = other->meeting > own.meeting || (other->meeting == own.meeting && other->sent);
