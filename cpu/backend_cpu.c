@@ -2,10 +2,6 @@
 
 #include <unistd.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 /* Everything the CPU back end owns. */
 typedef struct CpuBackend {
     const Ranks *ranks;
@@ -241,18 +237,6 @@ static void cpu_free(Backend *b) {
     memset(b, 0, sizeof *b);
 }
 
-/* Ranks on one machine share its cores: more threads than cores would wait for each other. OMP_NUM_THREADS overrides. */
-static void share_cores(const Ranks *ranks) {
-#ifdef _OPENMP
-    int share = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks->local_size;
-    if (ranks->local_size > 1 && getenv("OMP_NUM_THREADS") == NULL && omp_get_max_threads() > share) {
-        omp_set_num_threads(share > 1 ? share : 1);
-    }
-#else
-    (void)ranks;
-#endif
-}
-
 bool backend_cpu_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, FoxError *err) {
     if (!fox_config_check(&spec->config, err)) {
         return false;
@@ -283,7 +267,7 @@ bool backend_cpu_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, F
     b->decode_end = cpu_decode_end;
     b->free = cpu_free;
 
-    share_cores(ranks);
+    ranks_share_cores(ranks);
     CpuBackend *s = FOX_NEW(CpuBackend, 1);
     b->self = s;
     s->ranks = ranks;

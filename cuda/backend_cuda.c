@@ -900,6 +900,7 @@ bool backend_cuda_open(Backend *b, const BackendSpec *spec, const Ranks *ranks, 
     if (!ranks_everyone(ranks, take_device(spec, ranks, &device, err), err)) {
         return false;
     }
+    ranks_share_cores(ranks);
     CUDA_CHECK(cudaMemGetInfo(&free_at_first, &total));
     if (!exchange_open(&exchange, ranks, err)) {
         return false;

@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #define PATH_SIZE 1024
-#define PIECE 262144 /* floats moved between a file and the back end at a time; a multiple of PARTITION_GRAIN */
+#define PIECE (1 << 20) /* floats moved between a file and the back end at a time; a multiple of PARTITION_GRAIN */
 #define MODEL_TYPE "forgetting_transformer-project_fox"
 #define BASELINE_TYPE "transformer-project_fox" /* the official Transformer (LLaMA): the same tensors, RoPE, no gate */
 
@@ -296,29 +296,65 @@ static bool check_tensor(const SafeTensors *st, const SafeTensor *t, const FoxTe
            fox_fail(err, "%s: tensor %s has dtype %s, expected F32, BF16 or F16", st->path, t->name, t->dtype);
 }
 
-/* Copies `count` floats from `from` of tensor t to a buffer of the back end at `offset`, and adds them to
- * *hash (NULL: not wanted). */
-static bool load_floats(const SafeTensors *st, const SafeTensor *t, int64_t from, int64_t count, Backend *backend, FoxBuffer buffer,
-                        int64_t offset, uint64_t *hash, FoxError *err) {
-    float *values = FOX_NEW(float, fox_min64(count, PIECE));
-    bool ok = true;
-    for (int64_t done = 0; ok && done < count; done += PIECE) {
+/* Of grains of the flat space, the last of which may be shorter; grains add up in any order. all_cores: nothing else computes
+ * meanwhile. */
+static uint64_t hash_grains(int64_t start, int64_t count, const float *values, bool all_cores) {
+    uint64_t hash = 0;
+    int64_t grains = (count + PARTITION_GRAIN - 1) / PARTITION_GRAIN;
+    (void)all_cores; // without OpenMP
+#pragma omp parallel for reduction(+ : hash) if (all_cores && grains > 1)
+    for (int64_t g = 0; g < grains; g++) {
+        int64_t done = g * PARTITION_GRAIN, n = fox_min64(count - done, PARTITION_GRAIN);
+        hash += fox_hash((uint64_t)(start + done) + 1, values + done, sizeof(float) * (size_t)n);
+    }
+    return hash;
+}
+
+/* Room for a piece on its way to or from the back end. */
+static float *take_piece(Backend *backend) {
+    float *values = (float *)backend->allocate_host(backend, (int64_t)sizeof(float) * PIECE);
+    if (values == NULL) {
+        fox_die("no memory for a piece of the weights");
+    }
+    return values;
+}
+
+/* What becomes of the floats that are read. */
+typedef struct Loading {
+    Backend *backend;
+    float *values; /* room for a piece */
+    bool hashed;
+    uint64_t hash; /* of all that was read, if `hashed` */
+} Loading;
+
+static Loading loading_begin(Backend *backend, bool hashed) {
+    Loading l = {backend, take_piece(backend), hashed, 0};
+    return l;
+}
+
+static void loading_end(Loading *l) {
+    l->backend->free_host(l->backend, l->values);
+}
+
+/* Copies `count` floats from `from` of tensor t to a buffer of the back end at `offset`. */
+static bool load_floats(Loading *l, const SafeTensors *st, const SafeTensor *t, int64_t from, int64_t count, FoxBuffer buffer,
+                        int64_t offset, FoxError *err) {
+    for (int64_t done = 0; done < count; done += PIECE) {
         int64_t n = fox_min64(count - done, PIECE);
-        ok = safetensors_read_float(st, t, from + done, n, values, err);
-        if (ok) {
-            backend->write(backend, buffer, offset + done, n, values);
+        if (!safetensors_read_float(st, t, from + done, n, l->values, err)) {
+            return false;
         }
-        if (ok && hash != NULL) {
-            *hash = fox_hash(*hash, values, sizeof(float) * (size_t)n);
+        l->backend->write(l->backend, buffer, offset + done, n, l->values);
+        if (l->hashed) {
+            l->hash += hash_grains(offset + done, n, l->values, true);
         }
     }
-    free(values);
-    return ok;
+    return true;
 }
 
 /* Loads every tensor of one file and marks it in `loaded`. */
-static bool load_model_file(const char *path, Backend *backend, bool *loaded, uint64_t *hash, FoxError *err) {
-    const FoxTable *table = &backend->table;
+static bool load_model_file(const char *path, Loading *l, bool *loaded, FoxError *err) {
+    const FoxTable *table = &l->backend->table;
     SafeTensors st;
     if (!safetensors_open(path, &st, err)) {
         return false;
@@ -333,7 +369,7 @@ static bool load_model_file(const char *path, Backend *backend, bool *loaded, ui
             ok = fox_fail(err, "%s: tensor %s was in another file of this checkpoint already", path, t->name);
         } else {
             ok = check_tensor(&st, t, &table->tensors[index], err) &&
-                 load_floats(&st, t, 0, t->count, backend, FOX_PARAMS, table->tensors[index].offset, hash, err);
+                 load_floats(l, &st, t, 0, t->count, FOX_PARAMS, table->tensors[index].offset, err);
             loaded[index] = true;
         }
     }
@@ -346,8 +382,7 @@ static int compare_strings(const void *a, const void *b) {
 }
 
 /* Loads the files that the index of a sharded checkpoint names, each once. */
-static bool load_model_shards(const char *dir, const Json *root, const char *what, Backend *backend, bool *loaded,
-                              uint64_t *hash, FoxError *err) {
+static bool load_model_shards(const char *dir, const Json *root, const char *what, Loading *l, bool *loaded, FoxError *err) {
     const Json *map = json_get(root, "weight_map");
     if (map == NULL || map->type != JSON_OBJECT || map->count == 0) {
         return fox_fail(err, "%s: has no weight_map of tensor names to file names", what);
@@ -366,27 +401,26 @@ static bool load_model_shards(const char *dir, const Json *root, const char *wha
     for (int i = 0; ok && i < count; i++) {
         char path[PATH_SIZE];
         if (i == 0 || strcmp(names[i - 1], names[i]) != 0) {
-            ok = join(path, dir, names[i], err) && load_model_file(path, backend, loaded, hash, err);
+            ok = join(path, dir, names[i], err) && load_model_file(path, l, loaded, err);
         }
     }
     free(names);
     return ok;
 }
 
-/* *hash: of what was read. */
-static bool load_model(const char *dir, Backend *backend, uint64_t *hash, FoxError *err) {
+static bool load_model(const char *dir, Loading *l, FoxError *err) {
     char path[PATH_SIZE], index_path[PATH_SIZE];
     if (!join(path, dir, "model.safetensors", err) || !join(index_path, dir, "model.safetensors.index.json", err)) {
         return false;
     }
-    const FoxTable *table = &backend->table;
+    const FoxTable *table = &l->backend->table;
     bool *loaded = FOX_NEW(bool, table->count);
     JsonDocument index;
     bool ok;
     if (access(path, F_OK) == 0 || access(index_path, F_OK) != 0) {
-        ok = load_model_file(path, backend, loaded, hash, err);
+        ok = load_model_file(path, l, loaded, err);
     } else if ((ok = json_parse_file(index_path, &index, err))) {
-        ok = load_model_shards(dir, index.root, index_path, backend, loaded, hash, err);
+        ok = load_model_shards(dir, index.root, index_path, l, loaded, err);
         json_free(&index);
     }
     for (int i = 0; ok && i < table->count; i++) {
@@ -400,22 +434,11 @@ static bool load_model(const char *dir, Backend *backend, uint64_t *hash, FoxErr
 }
 
 bool checkpoint_load_model(const char *dir, Backend *backend, const Ranks *ranks, FoxError *err) {
-    uint64_t hash = 0;
-    if (!ranks_everyone(ranks, load_model(dir, backend, &hash, err), err)) {
-        return false;
-    }
-    return ranks_everyone(ranks, ranks_agree(ranks, hash) ||
-                          fox_fail(err, "%s: the ranks read different weights there; is the folder the same for all of them?", dir), err);
-}
-
-/* Of one grain of the flat space, or less of the last one; grains add up in any order. */
-static uint64_t hash_grains(int64_t start, int64_t count, const float *values) {
-    uint64_t hash = 0;
-    for (int64_t done = 0; done < count; done += PARTITION_GRAIN) {
-        int64_t n = fox_min64(count - done, PARTITION_GRAIN);
-        hash += fox_hash((uint64_t)(start + done) + 1, values + done, sizeof(float) * (size_t)n);
-    }
-    return hash;
+    Loading l = loading_begin(backend, ranks->size > 1);
+    bool ok = ranks_everyone(ranks, load_model(dir, &l, err), err);
+    loading_end(&l);
+    return ok && ranks_everyone(ranks, ranks_agree(ranks, l.hash) ||
+                                fox_fail(err, "%s: the ranks read different weights there; is the folder the same for all of them?", dir), err);
 }
 
 /* The sum over the ranks. */
@@ -432,17 +455,17 @@ static uint64_t sum_hashes(const Ranks *ranks, uint64_t mine) {
 
 /* Of the part of `what` that `rank` owns. */
 static uint64_t hash_share(Backend *backend, FoxBuffer what, const Partition *p, int rank) {
-    float *values = FOX_NEW(float, PIECE);
+    float *values = take_piece(backend);
     uint64_t hash = 0;
     for (int k = 0; k < p->buckets; k++) {
         Piece piece = partition_piece(p, k, rank);
         for (int64_t done = 0; done < piece.count; done += PIECE) {
             int64_t n = fox_min64(piece.count - done, PIECE);
             backend->read(backend, what, piece.start + done, n, values);
-            hash += hash_grains(piece.start + done, n, values);
+            hash += hash_grains(piece.start + done, n, values, true);
         }
     }
-    free(values);
+    backend->free_host(backend, values);
     return hash;
 }
 
@@ -457,7 +480,7 @@ static uint64_t moment_hash(Backend *backend, const Ranks *ranks) {
 
 bool checkpoint_same_params(Backend *backend, const Ranks *ranks) {
     Partition everything = partition_create(backend->table.total, 1);
-    return !backend->whole_params || ranks_agree(ranks, hash_share(backend, FOX_PARAMS, &everything, 0));
+    return ranks->size == 1 || !backend->whole_params || ranks_agree(ranks, hash_share(backend, FOX_PARAMS, &everything, 0));
 }
 
 /* ---- the state --------------------------------------------------------------------------------------------------- */
@@ -600,7 +623,8 @@ static bool metadata_count(const SafeTensors *st, const char *key, int64_t *out,
 }
 
 /* Loads the moments of one open file, which must begin at *at of the flat space, and moves *at to its end. */
-static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, FoxError *err) {
+static bool load_moments(Loading *l, const SafeTensors *st, int64_t *at, FoxError *err) {
+    const Backend *backend = l->backend;
     int64_t start = 0, length = 0, total = 0;
     if (!metadata_count(st, "start", &start, err) || !metadata_count(st, "length", &length, err) ||
         !metadata_count(st, "total", &total, err)) {
@@ -625,8 +649,7 @@ static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, F
         }
         for (int k = 0; k < backend->owned.buckets; k++) {
             Piece piece = partition_within(backend_piece(backend, k), start, length);
-            if (!load_floats(st, t, piece.start - start, piece.count, backend, i == 0 ? FOX_ADAM_M : FOX_ADAM_V, piece.start,
-                             NULL, err)) {
+            if (!load_floats(l, st, t, piece.start - start, piece.count, i == 0 ? FOX_ADAM_M : FOX_ADAM_V, piece.start, err)) {
                 return false;
             }
         }
@@ -635,7 +658,8 @@ static bool load_moments(const SafeTensors *st, Backend *backend, int64_t *at, F
     return true;
 }
 
-static bool load_optimizer(const char *dir, int64_t files, Backend *backend, FoxError *err) {
+static bool load_optimizer(const char *dir, int64_t files, Loading *l, FoxError *err) {
+    int64_t total = l->backend->table.total;
     int64_t at = 0;
     for (int64_t i = 0; i < files; i++) {
         char path[PATH_SIZE];
@@ -643,20 +667,20 @@ static bool load_optimizer(const char *dir, int64_t files, Backend *backend, Fox
         if (!optimizer_path(path, dir, i, files, err) || !safetensors_open(path, &st, err)) {
             return false;
         }
-        bool ok = load_moments(&st, backend, &at, err);
+        bool ok = load_moments(l, &st, &at, err);
         safetensors_close(&st);
         if (!ok) {
             return false;
         }
     }
-    return at == backend->table.total ||
-           fox_fail(err, "%s: its optimizer files end at %" PRId64 ", expected %" PRId64, dir, at,
-                    backend->table.total);
+    return at == total || fox_fail(err, "%s: its optimizer files end at %" PRId64 ", expected %" PRId64, dir, at, total);
 }
 
 bool checkpoint_load_state(const char *dir, Backend *backend, const Ranks *ranks, TrainState *state, FoxError *err) {
     int64_t files;
-    bool ok = read_state(dir, state, &files, err) && load_optimizer(dir, files, backend, err);
+    Loading l = loading_begin(backend, false);
+    bool ok = read_state(dir, state, &files, err) && load_optimizer(dir, files, &l, err);
+    loading_end(&l);
     if (!ranks_everyone(ranks, ok, err)) {
         return false;
     }
@@ -870,13 +894,13 @@ static bool write_part(CheckpointWriter *w, uint64_t *hash, uint64_t *moment_has
     *hash = *moment_hash = 0;
     for (int k = 0; k < p->buckets; k++) {
         Piece piece = partition_piece(p, k, w->ranks->rank);
-        *hash += hash_grains(piece.start, piece.count, copy_of(w, FOX_PARAMS) + piece.local);
+        *hash += hash_grains(piece.start, piece.count, copy_of(w, FOX_PARAMS) + piece.local, false); // training goes on
         if (!write_params(w, piece, err)) {
             return false;
         }
         for (int i = 0; i < 2; i++) {
             const float *moments = copy_of(w, i == 0 ? FOX_ADAM_M : FOX_ADAM_V) + piece.local;
-            *moment_hash += (i == 0 ? 1 : 3) * hash_grains(piece.start, piece.count, moments);
+            *moment_hash += (i == 0 ? 1 : 3) * hash_grains(piece.start, piece.count, moments, false);
             const SafeTensor *t = safetensors_find(&w->optimizer, moment_names[i]);
             if (!safetensors_write_float(&w->optimizer, t, piece.start, piece.count, moments, err)) {
                 return false;

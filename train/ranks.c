@@ -8,6 +8,10 @@
 #include <signal.h>
 #include <unistd.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #define MEETING_SECONDS 50 /* in which all ranks must have come */
 #define GREETING_SECONDS 5 /* in which who connects must say who he is */
 #define HOST_SIZE 64
@@ -400,6 +404,17 @@ bool ranks_everyone(const Ranks *ranks, bool ok, FoxError *err) {
 }
 
 /* ---- alone */
+
+void ranks_share_cores(const Ranks *ranks) {
+#ifdef _OPENMP
+    int share = (int)sysconf(_SC_NPROCESSORS_ONLN) / ranks->local_size;
+    if (ranks->local_size > 1 && getenv("OMP_NUM_THREADS") == NULL && omp_get_max_threads() > share) {
+        omp_set_num_threads(share > 1 ? share : 1);
+    }
+#else
+    (void)ranks;
+#endif
+}
 
 void ranks_name(const Ranks *ranks, int rank, char text[96]) {
     snprintf(text, 96, "rank %d (%s)", rank, ranks->links != NULL ? ranks->links->hosts[rank] : "alone");

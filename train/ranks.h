@@ -49,6 +49,9 @@ bool ranks_everyone(const Ranks *, bool ok, FoxError *);
 /* "rank 3 (host)". */
 void ranks_name(const Ranks *, int rank, char text[96]);
 
+/* Ranks on one machine share its cores: more threads than cores would wait for each other. OMP_NUM_THREADS overrides. */
+void ranks_share_cores(const Ranks *);
+
 /* What no caller can mend: ends all ranks, with one line that names this one. */
 FOX_PRINTF(2, 3) FOX_NORETURN void ranks_fail(const Ranks *, const char *format, ...);
 
