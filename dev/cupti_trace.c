@@ -7,17 +7,24 @@
  * whose name contains $CUPTI_TRACE_STEP ("adamw_kernel"); such kernels with at most STEP_GAP others between them belong
  * to one step. What is summed up begins where step $CUPTI_TRACE_SKIP (0) ends and ends where the last step does. At
  * exit the file gets, as JSON, the number of steps, the length of that span, the time in it during which the GPU did
- * anything (overlaps count once), and for every name the calls, the time and the bytes (of copies and fills). */
+ * anything (overlaps count once), and for every name the calls, the time and the bytes (of copies and fills).
+ *
+ * With CUPTI_TRACE_SWITCH=FILE nothing is traced before FILE is there: until then CUPTI is not even called, and the
+ * program runs as without this library. FILE is removed as soon as tracing has begun (or failed to), and steps count from
+ * there. The first one may have begun before that, so at least its end is left out. */
 #include <cupti.h>
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define BUFFER_BYTES (8 << 20)
 #define STEP_GAP 32
+#define POLL_MICROSECONDS 5000
 
 typedef struct Event {
     uint64_t start, end; /* ns */
@@ -70,6 +77,10 @@ static int find_name(const char *text) {
 }
 
 static void add(const char *name, uint64_t start, uint64_t end, uint64_t bytes) {
+    if (end == 0) { /* CUPTI knows no times of it */
+        trace.dropped++;
+        return;
+    }
     if (trace.count == trace.capacity) {
         trace.capacity = 2 * trace.capacity + 4096;
         trace.events = (Event *)grow(trace.events, sizeof(Event) * trace.capacity);
@@ -201,6 +212,9 @@ static void finish(void) {
     const char *path = getenv("CUPTI_TRACE_OUT"), *marker = getenv("CUPTI_TRACE_STEP");
     const char *skipped = getenv("CUPTI_TRACE_SKIP");
     int skip = skipped != NULL ? atoi(skipped) : 0;
+    if (getenv("CUPTI_TRACE_SWITCH") != NULL && skip < 1) {
+        skip = 1; /* of the step during which tracing began only a part is known */
+    }
     uint64_t begin, end;
     double busy;
     cuptiActivityFlushAll(1);
@@ -226,13 +240,45 @@ static bool works(CUptiResult result, const char *what) {
     return result == CUPTI_SUCCESS;
 }
 
-/* Called by the driver when the program first uses it. */
-__attribute__((visibility("default"))) int InitializeInjection(void) {
+static void begin(void) {
     if (works(cuptiActivityRegisterCallbacks(give_buffer, take_buffer), "registering") &&
         works(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL), "tracing kernels") &&
         works(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY), "tracing copies") &&
         works(cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMSET), "tracing fills")) {
         atexit(finish);
+    }
+}
+
+static void *await_switch(void *path) {
+    while (access((const char *)path, F_OK) != 0) {
+        usleep(POLL_MICROSECONDS);
+    }
+    begin();
+    unlink((const char *)path);
+    return NULL;
+}
+
+/* The thread that waits for the file; signals are for the program's own threads. */
+static void begin_later(char *path) {
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&thread, NULL, await_switch, path) == 0) {
+        pthread_detach(thread);
+    } else {
+        fputs("cupti_trace: no thread can be started\n", stderr);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* Called by the driver when the program first uses it. */
+__attribute__((visibility("default"))) int InitializeInjection(void) {
+    char *path = getenv("CUPTI_TRACE_SWITCH");
+    if (path != NULL) {
+        begin_later(path);
+    } else {
+        begin();
     }
     return 1;
 }
