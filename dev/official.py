@@ -104,13 +104,23 @@ def timed_options(T, sequences, tokens, steps, acp):
     return options(T=T, b=sequences, d=tokens, x=steps, l=TIMING_RATE, acp=acp, v=0, n=-1, pruning_every=0)
 
 
-def run_ours(program, checkpoint, data, out, *options):
-    """Runs train_fox from a checkpoint folder; returns the records of its metrics.jsonl."""
-    command = [str(program), "-i", str(data), "-e", str(checkpoint), "-o", str(out), "-n", "0", *map(str, options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}")
+def ours_command(program, checkpoint, data, out, *options):
+    """train_fox from a checkpoint folder, as words."""
+    return [str(program), "-i", str(data), "-e", str(checkpoint), "-o", str(out), "-n", "0", *map(str, options)]
+
+
+def ours_records(command, out, code, said):
+    """The records of its metrics.jsonl, when it ended with `code` and had said so much."""
+    if code != 0:
+        raise SystemExit(f"{' '.join(command)}\nended with {code}:\n{said[-2000:]}")
     return [json.loads(line) for line in pathlib.Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def run_ours(program, checkpoint, data, out, *options):
+    """Runs train_fox; returns the records of its metrics.jsonl."""
+    command = ours_command(program, checkpoint, data, out, *options)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ours_records(command, out, done.returncode, done.stdout)
 
 
 def fresh_weights(program, model, data, out, **more):

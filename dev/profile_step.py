@@ -24,9 +24,11 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import machine
 import numpy as np
@@ -53,6 +55,9 @@ GROUPS = (
     ("sums over GPUs", ("nccl",)),
     ("PyTorch elementwise", ("at::native", "at6native", "triton_")),
 )
+# Of a run that is timed first and traced then (time_and_trace): the ends of steps that are left out, steps that are looked at, steps it
+# may make beyond those that are timed, and seconds that the tracer may take to begin.
+LEFT_OUT, LOOKED_AT, SPARE_STEPS, BEGIN_SECONDS = 2, 4, 200, 30
 # ncu has columns of these names with --csv; time in ns.
 NCU = ["--csv", "--metrics", "gpu__time_duration.sum", "--print-units", "base"]
 
@@ -84,9 +89,12 @@ def find_cupti():
 
 
 def build_tracer(folder):
-    library, cupti, root = folder / "cupti_trace.so", find_cupti(), cuda_root()
+    library = folder / "cupti_trace.so"
+    if library.exists():
+        return library
+    cupti, root = find_cupti(), cuda_root()
     include = [f"-I{root}/include", f"-I{root}/extras/CUPTI/include", f"-I{cupti.parent.parent}/include"]
-    subprocess.run(
+    done = subprocess.run(
         [
             "cc",
             "-O2",
@@ -100,32 +108,99 @@ def build_tracer(folder):
             f"-Wl,-rpath,{cupti.parent}",
             "-lpthread",
         ],
-        check=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    if done.returncode != 0:
+        raise SystemExit(f"dev/cupti_trace.c does not compile: {done.stderr}")
     return library
 
 
-def trace(command, step_kernel, skip, folder):
-    """Runs a program; what dev/cupti_trace.c writes about it."""
+def trace_environment(step_kernel, skip, folder):
+    """In which a program is traced."""
     out = folder / "trace.json"
     out.unlink(missing_ok=True)
     settings = dict(
         CUDA_INJECTION64_PATH=str(build_tracer(folder)), CUPTI_TRACE_OUT=str(out), CUPTI_TRACE_STEP=step_kernel, CUPTI_TRACE_SKIP=str(skip)
     )
-    done = subprocess.run(
-        list(map(str, command)), env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return {**os.environ, **settings}
+
+
+def trace(command, step_kernel, skip, folder):
+    """Runs a program; what dev/cupti_trace.c writes about it."""
+    environment, out = trace_environment(step_kernel, skip, folder), folder / "trace.json"
+    done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0 or not out.exists():
         raise SystemExit(
             f"{' '.join(map(str, command))}\nended with {done.returncode}, "
             f"{'with' if out.exists() else 'without'} a trace:\n{done.stdout[-2000:]}"
         )
+    return read_trace(out, step_kernel, skip)
+
+
+def read_trace(out, step_kernel, skip):
     result = json.loads(out.read_text())
     if result["steps"] == 0:
         raise SystemExit(
             f"the trace has no step after the first {skip}: no kernel's name contains {step_kernel}, or the program made no more steps"
         )
     return result
+
+
+def steps_recorded(metrics):
+    return metrics.read_bytes().count(b'{"kind": "step"') if metrics.exists() else 0
+
+
+def wait_until(reached, run, seconds=float("inf")):
+    """Whether that came before the end of the run, and in time."""
+    end = time.monotonic() + seconds
+    while not reached():
+        if run.poll() is not None or time.monotonic() > end:
+            return reached()
+        time.sleep(0.01)
+    return True
+
+
+def trace_then_stop(run, out, count, switch):
+    """Waits for `count` steps in the records below `out`, lets the tracer see some more, and stops the run."""
+    metrics = out / "metrics.jsonl"
+    wanted = wait_until(lambda: steps_recorded(metrics) >= count, run) and '"device": "cuda"' in metrics.read_text()
+    if wanted:
+        switch.touch()
+        if wait_until(lambda: not switch.exists(), run, BEGIN_SECONDS):
+            last = steps_recorded(metrics) + LEFT_OUT + LOOKED_AT  # a step that is under way now may be known in part, or not
+            wait_until(lambda: steps_recorded(metrics) >= last, run)
+    run.send_signal(signal.SIGTERM)  # train_fox ends after its step
+    run.wait()
+    return wanted
+
+
+def time_and_trace(command, out, count, folder):
+    """Runs a train_fox that would make SPARE_STEPS more than `count` steps: these by themselves, then some under the tracer. Its records;
+    the trace, or None; and why there is none where one was to be had. The tracer does not touch CUPTI before the `count` steps are over,
+    so their times are those of a run without it."""
+    environment, switch = trace_environment("adamw_kernel", LEFT_OUT, folder), folder / "trace_now"
+    environment["CUPTI_TRACE_SWITCH"] = str(switch)
+    switch.unlink(missing_ok=True)
+    with open(folder / "said", "w+") as said:
+        run = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            wanted = trace_then_stop(run, out, count, switch)
+        finally:
+            run.kill()  # where it is still there
+            run.wait()
+        said.seek(0)
+        text = said.read()
+    records = official.ours_records(command, out, run.returncode, text)
+    if not wanted:
+        return records, None, None
+    if not (folder / "trace.json").exists():
+        told = [line for line in text.splitlines() if line.startswith("cupti_trace:")]
+        return records, None, told[-1] if told else "CUPTI did not begin to trace"
+    try:
+        return records, read_trace(folder / "trace.json", "adamw_kernel", LEFT_OUT), None
+    except SystemExit as error:
+        return records, None, str(error)
 
 
 def trace_with_ncu(command, step_kernel, skip):

@@ -9,8 +9,8 @@ The weights decide what is pruned, so the table says which they are:
   gates       (default) untrained weights with the gates of dev/impose_gates.py, spread as in a trained model; random tokens
   checkpoint  --checkpoint DIR, with --data: a trained model on real tokens; --models then only names it
 
-Columns. Speed-up: over `off` of the same program. Attention: its share of the step's GPU time, by dev/profile_step.py in a run of
-its own; "-" where CUPTI cannot trace. Saved: fraction of the blocks of causal attention, so of its floating-point operations,
+Columns. Speed-up: over `off` of the same program. Attention: its share of the step's GPU time, by dev/profile_step.py in further steps
+of the same run, which count in no time; "-" where CUPTI cannot trace. Saved: fraction of the blocks of causal attention, so of its floating-point operations,
 that is skipped. Memory: of the GPU. With --official DIR (a clone of the official repository; needs PyTorch) that program is timed
 too, after ours, in one process a model; --profile-official also finds its attention's share, which takes a minute each.
 
@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import machine
 import numpy as np
@@ -75,23 +76,28 @@ def options_of(args):
     return official.options(data_order="file", r=args.recompute, device=args.device)
 
 
-def time_ours(args, folder, model, T, acp):
+def time_ours(args, folder, model, T, acp, traced):
+    """A row; traced: with attention's share, or the reason why it has none."""
     tokens, sequences = batch_of(args, T)
     row = dict(program="ours", model=model, context=T, acp=acp, batch_tokens=tokens)
-    out = folder / "run"
+    out, count = folder / "run", args.warmup + args.steps
+    options = official.timed_options(T, sequences, tokens, count + (profile_step.SPARE_STEPS if traced else 0), acp)
+    program = (args.train_fox, folder / "checkpoint", folder / "random_train.bin", out, *options, *options_of(args))
+    profile = why = None
     try:
-        options = official.timed_options(T, sequences, tokens, args.warmup + args.steps, acp)
-        records = official.run_ours(args.train_fox, folder / "checkpoint", folder / "random_train.bin", out, *options, *options_of(args))
+        if traced:
+            records, profile, why = profile_step.time_and_trace(official.ours_command(*program), out, count, folder)
+        else:
+            records = official.run_ours(*program)
     except SystemExit as error:
         if "GiB of GPU memory" not in str(error) and "out of memory" not in str(error):
             raise
-        return dict(row, out_of_memory=True)
+        return dict(row, out_of_memory=True), None
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    steps = [r for r in records if r["kind"] == "step"][args.warmup :]
+    steps = [r for r in records if r["kind"] == "step"][args.warmup : count]  # those after them were traced
     ms = statistics.median(s["step_ms"] for s in steps)
-    return dict(
-        row,
+    row.update(
         tokens_per_s=1e3 * tokens / ms,
         step_ms=ms,
         fastest_ms=min(s["step_ms"] for s in steps),
@@ -103,6 +109,7 @@ def time_ours(args, folder, model, T, acp):
         loss=steps[-1]["loss"],
         device=official.device_of(records),
     )
+    return dict(row, **(share_of(profile_step.summarize(profile)) if profile else {})), why
 
 
 def share_of(profile):
@@ -110,21 +117,6 @@ def share_of(profile):
     whole = profile["step_ms"]
     parts = {name: group["ms"] / whole for name, group in profile["groups"].items() if name.startswith("attention")}
     return dict(attention_share=sum(parts.values()), attention_parts=parts, profile_step_ms=whole)
-
-
-def profile_ours(args, folder, T, acp):
-    tokens, sequences = batch_of(args, T)
-    wanted = argparse.Namespace(
-        train_fox=args.train_fox,
-        context=T,
-        micro_batch=sequences,
-        batch_tokens=tokens,
-        warmup=2,
-        steps=4,
-        ncu=False,
-        extra=options_of(args),
-    )
-    return share_of(profile_step.profile_ours(wanted, folder / "checkpoint", folder / "random_train.bin", acp, folder))
 
 
 # ---- the official program
@@ -187,40 +179,52 @@ def profile_official(args, folder, model, T, acp):
 
 
 def measure(args, result, save):
-    """Adds the rows of all models to result["rows"]; calls save() after each."""
-    can_profile = not args.no_profile
+    """Adds the rows of all models to result["rows"]; calls save() after each. Returns a line for each model on how long it took."""
+    can_trace, facts, lines = not args.no_profile, machine.facts(), []
 
     def add(row, weights):
         row["weights"] = weights
-        result["rows"] = [r for r in result["rows"] if any(r[k] != row[k] for k in KEY)] + [dict(row, **machine.facts())]
+        result["rows"] = [r for r in result["rows"] if any(r[k] != row[k] for k in KEY)] + [dict(row, **facts)]
         save()
         speed = "out of memory" if row.get("out_of_memory") else f"{row['tokens_per_s']:,.0f} tokens/s"
         share = f", attention {100 * row['attention_share']:.1f}% of the step" if "attention_share" in row else ""
         print(f"{row['program']:8} {row['model']} T = {row['context']:<6} acp {row['acp']:5} {speed}{share}", flush=True)
 
+    def without_profile(why):
+        nonlocal can_trace
+        can_trace = False
+        print(f"no profile, so no shares of attention: {why.splitlines()[0]}", flush=True)
+
     for model in args.models:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix="fox_throughput_"))
+        folder, times = pathlib.Path(tempfile.mkdtemp(prefix="fox_throughput_")), [time.monotonic()]
         try:
             weights = write_start(args, model, folder)
+            if can_trace and args.device != "cpu":
+                try:
+                    profile_step.build_tracer(folder)
+                except SystemExit as error:
+                    without_profile(str(error))
+            times.append(time.monotonic())
             for T in [] if args.only_official else args.context:
                 for acp in args.acp:
-                    row = time_ours(args, folder, model, T, acp)
-                    if can_profile and row.get("device") == "cuda":
-                        try:
-                            row.update(profile_ours(args, folder, T, acp))
-                        except SystemExit as error:
-                            print(f"no profile, so no shares of attention: {str(error).splitlines()[0]}", flush=True)
-                            can_profile = False
+                    row, why = time_ours(args, folder, model, T, acp, can_trace and args.device != "cpu")
                     add(row, weights)
+                    if why:
+                        without_profile(why)
+            times.append(time.monotonic())
             for row in time_official(args, folder, model) if args.official else []:
-                if args.profile_official and can_profile and not row.get("out_of_memory"):
+                if args.profile_official and can_trace and not row.get("out_of_memory"):
                     try:
                         row.update(profile_official(args, folder, model, row["context"], row["acp"]))
                     except SystemExit as error:
                         print(f"no profile of the official program: {str(error).splitlines()[0]}", flush=True)
                 add(row, weights)
+            times.append(time.monotonic())
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        start, ours, theirs = (b - a for a, b in zip(times, times[1:]))
+        lines.append(f"{model}: {times[3] - times[0]:.0f} s (start {start:.0f}, ours {ours:.0f}, official {theirs:.0f})")
+    return lines
 
 
 def find(rows, **wanted):
@@ -378,7 +382,7 @@ def main():
         )
     if args.models and not pathlib.Path(args.train_fox).is_file():
         raise SystemExit(f"{args.train_fox}: not there; run make first")
-    result, out = dict(rows=[]), pathlib.Path(args.out)
+    result, out, begun = dict(rows=[]), pathlib.Path(args.out), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in args.merge:
         for row in json.loads(pathlib.Path(path).read_text())["rows"]:
@@ -387,7 +391,7 @@ def main():
     def save():
         pathlib.Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    measure(args, result, save)
+    lines = measure(args, result, save)
     if not result["rows"]:
         raise SystemExit("nothing was measured and nothing merged")
     save()
@@ -398,6 +402,7 @@ def main():
         draw(result).savefig(f"{out}.png")
     except SystemExit as error:  # matplotlib is missing: the table stands
         print(f"no picture: {error}")
+    print("\n".join(["", *lines, f"in all: {time.monotonic() - begun:.0f} s"]))
     return 0
 
 

@@ -21,6 +21,7 @@ from checks import Checks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
+import profile_step  # noqa: E402
 import throughput  # noqa: E402
 from official import options  # noqa: E402
 
@@ -134,10 +135,69 @@ def check_official_rows(t, folder):
     )
 
 
+# In the place of train_fox and of the tracer within it: its first 6 steps take 10, 1, 2, 3, 4 and 5 ms by its records, all later ones
+# 1000, because they are traced. {device} is where it computes, {answer} what it does when it is to trace.
+FAKE_RUN = """
+import json, os, pathlib, signal, sys, time
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+out, switch = pathlib.Path(sys.argv[sys.argv.index("-o") + 1]), pathlib.Path(os.environ["CUPTI_TRACE_SWITCH"])
+steps, begun = int(sys.argv[sys.argv.index("-x") + 1]), None
+out.mkdir()
+with open(out / "metrics.jsonl", "w") as metrics:
+    print(json.dumps(dict(kind="run", step=0, settings=dict(device="{device}"))), file=metrics, flush=True)
+    for step in range(1, steps + 1):
+        if stopped:
+            break
+        time.sleep(0.02)
+        if switch.exists():
+            assert step > 6
+            {answer}
+        ms = [10, 1, 2, 3, 4, 5][step - 1] if step <= 6 else 1000
+        record = dict(kind="step", step=step, step_ms=ms, pruned=0.5, gpu_mem_bytes=step, mfu=0.5, loss=float(step))
+        print(json.dumps(record), file=metrics, flush=True)
+if begun:
+    seen = step - begun - int(os.environ["CUPTI_TRACE_SKIP"])
+    kernels = [dict(name=name, calls=1, ms=ms * seen, bytes=0) for name, ms in (("acp_forward", 1), ("acp_dq", 2), ("gemm", 5))]
+    trace = dict(steps=seen, span_ms=8 * seen, busy_ms=7 * seen, dropped=0, kernels=kernels)
+    pathlib.Path(os.environ["CUPTI_TRACE_OUT"]).write_text(json.dumps(trace))
+print("stopped")
+"""
+
+
+def check_traced_run(t, folder):
+    """One run is timed first and traced then."""
+    begins, fails = "begun = step; switch.unlink()", 'switch.unlink(); print("cupti_trace: tracing kernels failed: not permitted")'
+    values = argparse.Namespace(warmup=1, steps=5, batch_tokens=512, device="auto", recompute=0, train_fox=folder / "fake")
+    real, profile_step.build_tracer = profile_step.build_tracer, lambda folder: folder / "none.so"
+    wait, profile_step.BEGIN_SECONDS = profile_step.BEGIN_SECONDS, 0.2
+    for device, answer, why in (
+        ("cuda", begins, None),
+        ("cuda", fails, "cupti_trace: tracing kernels failed: not permitted"),
+        ("cuda", "pass", "CUPTI did not begin to trace"),
+        ("cpu", "raise SystemExit(1)", None),
+    ):
+        values.train_fox.write_text(f"#!{sys.executable}\n" + FAKE_RUN.replace("{device}", device).replace("{answer}", answer))
+        values.train_fox.chmod(0o755)
+        row, found = throughput.time_ours(values, folder, "name", 256, "paper", True)
+        what = f"traced run, {device}, {answer}"
+        t.equal(found, why, f"{what}: why there is no profile")
+        times = [row[key] for key in ("step_ms", "fastest_ms", "slowest_ms", "steps", "memory_bytes", "device")]
+        t.equal(times, [3, 1, 5, 5, 6, device], f"{what}: only what was not traced is timed")
+        traced = (0.375, {"attention forward": 0.125, "attention dQ": 0.25}, 8) if answer == begins else (None, None, None)
+        t.equal(tuple(row.get(k) for k in ("attention_share", "attention_parts", "profile_step_ms")), traced, f"{what}: shares")
+        t.check(not (folder / "run").exists(), f"{what}: nothing stays")
+    values.train_fox.write_text("#!/bin/sh\necho 'needs 90 GiB of GPU memory'; exit 1\n")
+    row, found = throughput.time_ours(values, folder, "name", 256, "paper", True)
+    t.equal((row.get("out_of_memory"), found), (True, None), "traced run: out of memory")
+    profile_step.build_tracer, profile_step.BEGIN_SECONDS = real, wait
+
+
 def check_throughput(t, folder):
     script = ["bash", ROOT / "scripts" / "throughput_table.sh", "--device", "cpu", "--batch-tokens", 512, "--steps", 2, "--warmup", 1]
     one, both = folder / "one", folder / "both"
-    t.run([*script, "--models", "fox-pro-tiny", "-T", 256, "--acp", "off", "paper", "--out", one], "throughput", env=ENVIRONMENT)
+    said = t.run([*script, "--models", "fox-pro-tiny", "-T", 256, "--acp", "off", "paper", "--out", one], "throughput", env=ENVIRONMENT)
+    t.check("\nfox-pro-tiny: " in said and "\nin all: " in said, f"throughput: how long it took: {said[-200:]}")
     rows = json.loads(one.with_suffix(".json").read_text())["rows"]
     t.equal(
         [(r["program"], r["model"], r["context"], r["acp"], r["weights"], r["steps"]) for r in rows],
@@ -284,6 +344,7 @@ def main():
         folder = pathlib.Path(scratch)
         check_layout(t)
         check_official_rows(t, folder)
+        check_traced_run(t, folder)
         check_throughput(t, folder)
         check_quality(t, folder)
         check_merge(t, folder)
