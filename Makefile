@@ -110,15 +110,15 @@ KERNELS  := $(if $(USE_CUDA),$(patsubst %.cu,$(BUILD)/%.o,$(wildcard cuda/*.cu))
 LIBRARY  := $(patsubst %.c,$(BUILD)/%.o,$(wildcard train/*.c cpu/*.c $(if $(USE_CUDA),cuda/*.c))) $(KERNELS)
 TESTS    := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 PROGRAMS := $(addprefix $(BIN),train_fox make_shards test_fox $(if $(USE_NCCL),nccl_bandwidth))
-TOOLS    := $(BUILD)/check_mass
+TOOLS    := $(BUILD)/check_mass $(BUILD)/fresh_weights
 FUZZERS  := $(patsubst fuzz/%.c,$(BUILD)/%,$(wildcard fuzz/fuzz_*.c))
 OBJECTS  := $(LIBRARY) $(TESTS) $(BUILD)/train_fox.o $(BUILD)/test_fox.o $(BUILD)/scripts/make_shards.o \
-            $(BUILD)/scripts/nccl_bandwidth.o $(BUILD)/dev/check_mass.o \
+            $(BUILD)/scripts/nccl_bandwidth.o $(TOOLS:$(BUILD)/%=$(BUILD)/dev/%.o) \
             $(patsubst %.c,$(BUILD)/%.o,$(wildcard fuzz/fuzz_*.c))
 
 .PHONY: all test emulated demo bench tools clean help fuzz fuzz-run fuzzers
 .DELETE_ON_ERROR:
-all: $(PROGRAMS)
+all: $(PROGRAMS) $(BUILD)/fresh_weights # which dev/official.py runs
 
 $(BIN)train_fox:   $(BUILD)/train_fox.o
 $(BIN)make_shards: $(BUILD)/scripts/make_shards.o

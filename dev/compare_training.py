@@ -88,7 +88,7 @@ def initial_weights(args, model, seed, scratch):
     out = scratch / f"init_{model}_{seed}"
     if out.exists():
         return official.newest_checkpoint(out)
-    return official.fresh_weights(args.train_fox, model, args.data, out, seed=seed)
+    return official.fresh_weights(model, args.data, out, seed)
 
 
 def records_of(path):

@@ -123,10 +123,16 @@ def run_ours(program, checkpoint, data, out, *options):
     return ours_records(command, out, done.returncode, done.stdout)
 
 
-def fresh_weights(program, model, data, out, **more):
-    """A checkpoint folder below `out` with the weights that train_fox starts from; more: further options."""
-    run_ours(program, model, data, out, *options(T=64, b=1, d=64, x=1, v=0, l=TINY_RATE, warmup_tokens=0, pruning_every=0, **more))
-    return newest_checkpoint(out)
+def fresh_weights(model, data, out, seed=0):
+    """A checkpoint folder below `out` with the weights that train_fox starts from, given these shards and this seed."""
+    folder = pathlib.Path(out, "step_00000000")
+    folder.mkdir(parents=True)
+    vocab_size = open_shard(shard_paths(data)[0])[1]
+    program = ROOT / "build" / "release" / "fresh_weights"
+    if not program.is_file():
+        raise SystemExit(f"{program}: not there; run make first")
+    subprocess.run([program, model, str(vocab_size), str(seed), folder], check=True)
+    return folder
 
 
 def device_of(records):
@@ -177,6 +183,18 @@ def write_checkpoint(directory, config, tensors):
     (directory / "config.json").write_text(json.dumps({**defaults, **config}, indent=2) + "\n")
     tensors = {name: np.ascontiguousarray(t, dtype=np.float32) for name, t in tensors.items()}
     safetensors.numpy.save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+
+
+def map_tensors(path):
+    """{name: array} of a safetensors file of float32 numbers. What is written into an array is written into the file."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: np.memmap(path, dtype="<f4", mode="r+", offset=8 + size + t["data_offsets"][0], shape=tuple(t["shape"]))
+        for name, t in header.items()
+    }
 
 
 def fixture_weights(tensors):

@@ -263,19 +263,18 @@ def print_profile(title, profile, batch_tokens):
 # ---- what is profiled
 
 
-def write_start(args, folder):
-    """FOLDER/checkpoint and FOLDER/random_train.bin: untrained weights with imposed gates, random tokens."""
-    import safetensors.numpy
-
-    rng = np.random.default_rng(0)
-    count = 4 * args.batch_tokens + args.context + 1
-    official.write_shard(folder / "random_train.bin", rng.integers(0, VOCAB_SIZE, count), VOCAB_SIZE)
-    start = official.fresh_weights(args.train_fox, args.model, folder / "random_train.bin", folder / "start")
-    tensors = safetensors.numpy.load_file(str(start / "model.safetensors"))
+def write_start(model, tokens, folder):
+    """FOLDER/checkpoint and FOLDER/random_train.bin: untrained weights with imposed gates, so many random tokens."""
+    checkpoint, data = folder / "checkpoint", folder / "random_train.bin"
+    official.write_shard(data, np.random.default_rng(0).integers(0, VOCAB_SIZE, tokens), VOCAB_SIZE)
+    official.fresh_weights(model, data, folder / "start").rename(checkpoint)
+    mapped = official.map_tensors(checkpoint / "model.safetensors")
+    tensors = dict(mapped)
     impose_gates(tensors, embedding_scale=EMBEDDING_SCALE)
-    official.write_checkpoint(folder / "checkpoint", json.loads((start / "config.json").read_text()), tensors)
-    shutil.rmtree(folder / "start")
-    return folder / "checkpoint", folder / "random_train.bin"
+    for name, tensor in tensors.items():
+        if tensor is not mapped[name]:
+            mapped[name][...] = tensor
+    return checkpoint, data
 
 
 def profile_ours(args, checkpoint, data, acp, folder):
@@ -338,7 +337,9 @@ def main():
             profiles["program"] = summarize(trace(args.extra, args.step_kernel, args.warmup, folder))
             print_profile(" ".join(args.extra)[:80], profiles["program"], 0)
         else:
-            checkpoint, data = (args.init, args.data) if args.init else write_start(args, folder)
+            checkpoint, data = args.init, args.data
+            if not checkpoint:
+                checkpoint, data = write_start(args.model, 4 * args.batch_tokens + args.context + 1, folder)
             for acp in args.acp:
                 profiles[acp] = profile_ours(args, checkpoint, data, acp, folder)
                 skipped = f", {100 * (profiles[acp]['pruned'] or 0):.1f}% of the blocks skipped"

@@ -55,8 +55,7 @@ def write_start(args, model, folder):
         official.write_shard(folder / "random_train.bin", np.resize(np.concatenate(tokens), count), vocab_size)
         (folder / "checkpoint").symlink_to(args.checkpoint.resolve())
         return f"checkpoint {args.checkpoint}"
-    start = argparse.Namespace(model=model, train_fox=args.train_fox, batch_tokens=count // 4 + 1, context=count % 4)
-    profile_step.write_start(start, folder)
+    profile_step.write_start(model, count, folder)
     return "gates"
 
 

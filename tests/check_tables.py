@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
 import profile_step  # noqa: E402
 import throughput  # noqa: E402
-from official import options  # noqa: E402
+from impose_gates import impose_gates  # noqa: E402
+from official import TINY_RATE, newest_checkpoint, options, run_ours  # noqa: E402
 
 ENVIRONMENT = dict(os.environ, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
 
@@ -193,6 +194,21 @@ def check_traced_run(t, folder):
     profile_step.build_tracer, profile_step.BEGIN_SECONDS = real, wait
 
 
+def check_start(t, folder):
+    """The start of the table has the weights that train_fox starts from, with other gates."""
+    import safetensors.numpy
+
+    checkpoint, data = profile_step.write_start("fox-pro-tiny", 1000, folder)
+    run = options(T=64, b=1, d=64, x=1, v=0, l=TINY_RATE, warmup_tokens=0, pruning_every=0, device="cpu")
+    records = run_ours(ROOT / "train_fox", "fox-pro-tiny", data, folder / "run", *run)
+    t.check(records[-1]["kind"] == "checkpoint", "start: a run of one step")
+    files = (checkpoint / "model.safetensors", newest_checkpoint(folder / "run") / "model.safetensors")
+    found, expected = (safetensors.numpy.load_file(str(path)) for path in files)
+    t.equal(sorted(found), sorted(expected), "start: tensors")
+    impose_gates(expected, embedding_scale=profile_step.EMBEDDING_SCALE)
+    t.equal([name for name in found if (found[name] != expected[name]).any()], [], "start: tensors that differ")
+
+
 def check_throughput(t, folder):
     script = ["bash", ROOT / "scripts" / "throughput_table.sh", "--device", "cpu", "--batch-tokens", 512, "--steps", 2, "--warmup", 1]
     one, both = folder / "one", folder / "both"
@@ -345,6 +361,8 @@ def main():
         check_layout(t)
         check_official_rows(t, folder)
         check_traced_run(t, folder)
+        (folder / "start").mkdir()
+        check_start(t, folder / "start")
         check_throughput(t, folder)
         check_quality(t, folder)
         check_merge(t, folder)

@@ -714,7 +714,7 @@ static bool write_config(const char *dir, const Backend *backend, FoxError *err)
     return file_finish(out, path, err);
 }
 
-static bool create_model(const char *path, const FoxTable *table, FoxError *err) {
+bool checkpoint_create_model(const char *path, const FoxTable *table, FoxError *err) {
     static const char *const metadata[] = {"format", "pt", NULL};
     const char **names = FOX_NEW(const char *, table->count);
     int *ndim = FOX_NEW(int, table->count);
@@ -818,7 +818,7 @@ static bool create_files(const CheckpointWriter *w, FoxError *err) {
     if (mkdir(n.tmp, 0777) != 0) {
         return fox_fail(err, "%s: cannot create the directory: %s", n.tmp, strerror(errno));
     }
-    return data_paths(n.tmp, model, optimizer, err) && create_model(model, &w->backend->table, err) && create_optimizer(optimizer, &w->backend->table, err);
+    return data_paths(n.tmp, model, optimizer, err) && checkpoint_create_model(model, &w->backend->table, err) && create_optimizer(optimizer, &w->backend->table, err);
 }
 
 static bool open_files(CheckpointWriter *w, FoxError *err) {

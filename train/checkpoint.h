@@ -53,6 +53,9 @@ bool checkpoint_read_state(const char *dir, TrainState *, FoxError *);
 /* Writes config.json's text. log_tolerance: NAN writes null. */
 void checkpoint_write_config(FILE *out, const FoxConfig *, double log_tolerance);
 
+/* Creates model.safetensors with room for the table's tensors. */
+bool checkpoint_create_model(const char *path, const FoxTable *, FoxError *);
+
 /* Loads model.safetensors into the back end's parameters. Every tensor of the table must be there with its shape, and
  * no other; errors print expected and found. A sharded official checkpoint (model.safetensors.index.json) loads too.
  * Collective: fails when the ranks found different weights there. */
