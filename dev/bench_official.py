@@ -70,10 +70,10 @@ def measure_gates(code, model, tokens):
     return dict(mean_error=mean_error, deviation=statistics.fmean(x.std((0, 1)).mean().item() for x in logits))
 
 
-def bench_official(code, folder, T, batch_tokens, micro_batch, acp, recompute, steps, warmup):
+def bench_official(code, model, folder, T, batch_tokens, micro_batch, acp, recompute, steps, warmup):
     """Seconds of each step (GPU time), peak memory, and the gates."""
     torch = code.torch
-    model = code.load(folder / "checkpoint", acp == "paper")
+    code.prune(model, acp == "paper")
     model.model.gradient_checkpointing = recompute
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -169,7 +169,7 @@ def main():
     code = official.Official(args.official, tuned=True)
     scratch = args.start or args.keep or pathlib.Path(tempfile.mkdtemp(prefix="fox_bench_"))
     scratch.mkdir(parents=True, exist_ok=True)
-    runs = []
+    runs, model = [], None
     try:
         if not args.start:
             write_start(code, args.model, scratch, 4 * args.batch_tokens + max(args.context) + 1)
@@ -181,11 +181,14 @@ def main():
             for acp in args.acp:
                 if acp != "tight" and not args.only_ours:
                     try:
-                        measured = bench_official(code, *shape, acp, args.recompute, args.steps, args.warmup)
+                        if model is None:  # one for all: its weights stay as they are
+                            model = code.load(scratch / "checkpoint")
+                        measured = bench_official(code, model, *shape, acp, args.recompute, args.steps, args.warmup)
                         runs.append(describe("official", args, T, acp, *measured))
                     except code.torch.cuda.OutOfMemoryError:
                         runs.append(dict(program="official", model=args.model, context=T, acp=acp, out_of_memory=True))
                         print(f"official {args.model} T={T} acp {acp}: out of memory", flush=True)
+                        model = None  # with the gradients that it has
                     gc.collect()
                     code.torch.cuda.empty_cache()
                 if args.ours:

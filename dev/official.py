@@ -269,6 +269,14 @@ class Official:
                 module.inv_freq = module._compute_inv_freq(device="cuda")
         return model
 
+    def prune(self, model, acp):
+        """Switches pruning in a model that is loaded: its layers keep the tolerance of the configuration, and look at it in every pass."""
+        layers = [module for module in model.modules() if hasattr(module, "log_pruning_tolerance")]
+        if not layers:
+            raise SystemExit("--official: no layer has a log_pruning_tolerance; this version of the official code prunes otherwise")
+        for part in (model.config, *layers):
+            part.log_pruning_tolerance = LOG_TOLERANCE if acp else None
+
     @contextlib.contextmanager
     def precision(self, name):
         """'bf16': autocast and the official kernels. 'float32': no 16-bit number anywhere."""
