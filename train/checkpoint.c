@@ -438,7 +438,8 @@ bool checkpoint_load_model(const char *dir, Backend *backend, const Ranks *ranks
     bool ok = ranks_everyone(ranks, load_model(dir, &l, err), err);
     loading_end(&l);
     return ok && ranks_everyone(ranks, ranks_agree(ranks, l.hash) ||
-                                fox_fail(err, "%s: the ranks read different weights there; is the folder the same for all of them?", dir), err);
+                                fox_fail(err, "%s: the ranks read different weights there; is the folder the same for all of "
+                                         "them?", dir), err);
 }
 
 /* The sum over the ranks. */
@@ -818,7 +819,8 @@ static bool create_files(const CheckpointWriter *w, FoxError *err) {
     if (mkdir(n.tmp, 0777) != 0) {
         return fox_fail(err, "%s: cannot create the directory: %s", n.tmp, strerror(errno));
     }
-    return data_paths(n.tmp, model, optimizer, err) && checkpoint_create_model(model, &w->backend->table, err) && create_optimizer(optimizer, &w->backend->table, err);
+    return data_paths(n.tmp, model, optimizer, err) && checkpoint_create_model(model, &w->backend->table, err) &&
+           create_optimizer(optimizer, &w->backend->table, err);
 }
 
 static bool open_files(CheckpointWriter *w, FoxError *err) {
