@@ -55,11 +55,13 @@
 
 enum {
     ACP_BLOCK = 128,         /* queries, and keys, in a block: the grain of pruning */
-    ACP_SEARCHING = 5,       /* thread blocks of the search of `tight` on a multiprocessor */
     ACP_CHUNK = 2048,        /* steps that one thread block of a scan covers: 256 threads, 8 each */
     ACP_RANGES_SHARED = 20,  /* bytes of shared memory that the search for ranges needs for each block */
     ACP_MOST_BLOCKS = 11000, /* 1.4 million tokens; where shared memory is smaller fewer: acp_most_tokens */
 };
+
+/* Stats of a key block that is not described yet. */
+#define ACP_UNDESCRIBED (~(uint64_t)0)
 
 #define ACP_LOG2E 1.4426950408889634
 #define ACP_LN2 0.6931471805599453
@@ -83,16 +85,16 @@ typedef struct AcpSaved {
 
 /* Shared by all layers. What finds the ranges and what backward needs lie in the same bytes: never both are needed. */
 typedef struct AcpWork {
-    float2 *norms; /* [BH, blocks], max |q_i| and max |k_j| of each block (paper, measured) */
-    /* tight */
-    float *most_q;     /* [BH], no |q_i| exceeds it; INFINITY without QK-norm */
-    float *centre;     /* [BH, D], what keys have in common; below, keys are meant without it */
-    int *queries;      /* [BH * blocks], list of the query blocks to search: row * blocks + block */
-    int *keys;         /* [BH * blocks], and of the key blocks that these need */
-    unsigned *listed;  /* [2], how many they are */
-    float2 *key_stats; /* [BH, blocks], of each key block: log W, norm K */
-    float *key_means;  /* [BH, blocks, D], sum_j w_j k_j / W */
-    int *first_raw;    /* [BH, blocks], before the minimum over later blocks */
+    double2 *edges; /* [BH, blocks], c at the first and at the last row of each block */
+    float2 *norms;  /* [BH, blocks], max |q_i| and max |k_j| of each block; without QK-norm */
+    /* tight: cuda/tight_search.cuh */
+    float *most_q;       /* [BH], no |q_i| exceeds it */
+    double *threshold;   /* [BH], of the paper's test */
+    float *centre;       /* [BH, D], what keys have in common; below, keys are meant without it */
+    uint64_t *key_stats; /* [BH, blocks], of each key block: log W, norm K; before that ACP_UNDESCRIBED */
+    float *key_means;    /* [BH, blocks, D], sum_j w_j k_j / W */
+    int *first_raw;      /* [BH, blocks], before the minimum over later blocks */
+    unsigned *ticket;    /* how many blocks thread blocks have taken */
     /* backward */
     float *offset; /* [BH, padded], of each query -lift - lse in units of log 2; -inf from T to a multiple of 64 */
     float *delta;  /* [BH, padded], of each query dO.o plus what the row of dS, in float32, then lacks to a sum of 0; 0 as far */
@@ -132,15 +134,15 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     int64_t used = 0, BH = (int64_t)shape->B * shape->H, blocks = acp_num_blocks(shape), padded = blocks * ACP_BLOCK;
     char *start = (char *)memory;
     AcpWork w;
+    w.edges = (double2 *)acp_take(start, &used, BH * blocks, sizeof(double2));
     w.norms = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
     w.most_q = (float *)acp_take(start, &used, BH, sizeof(float));
+    w.threshold = (double *)acp_take(start, &used, BH, sizeof(double));
     w.centre = (float *)acp_take(start, &used, BH * shape->D, sizeof(float));
-    w.queries = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
-    w.keys = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
-    w.listed = (unsigned *)acp_take(start, &used, 2, sizeof(unsigned));
-    w.key_stats = (float2 *)acp_take(start, &used, BH * blocks, sizeof(float2));
+    w.key_stats = (uint64_t *)acp_take(start, &used, BH * blocks, sizeof(uint64_t));
     w.key_means = (float *)acp_take(start, &used, BH * blocks * shape->D, sizeof(float));
     w.first_raw = (int *)acp_take(start, &used, BH * blocks, sizeof(int));
+    w.ticket = (unsigned *)acp_take(start, &used, 1, sizeof(unsigned));
     int64_t forward = used;
     used = 0; /* the backward pass no longer needs what found the ranges */
     w.offset = (float *)acp_take(start, &used, BH * padded, sizeof(float));
@@ -203,8 +205,8 @@ struct AcpScan {
     int T, blocks;
     const float *log_f, *dc;
     AcpSaved saved;
+    AcpWork work;
     float *dlog_f;
-    unsigned *listed; /* forward: work.listed, which becomes empty */
 };
 
 /* Element e of what is summed; backward they are counted from the end. */
@@ -230,10 +232,10 @@ static __device__ __forceinline__ double acp_share_of_sum(const float *x, int co
     return sum + (tid < count % 4 ? (double)x[odd + count - 1 - tid] : 0.0);
 }
 
-/* Forward: c, base and lift. Backward: d log f. A thread block writes one chunk, and adds up all before it by itself:
- * that costs less than waiting for others. grid (chunks, BH), 256 threads */
+/* Forward: c, base, lift and work.edges, and a clean slate for the search of `tight`. Backward: d log f. A thread block of 256
+ * writes one chunk, and adds up all before it by itself: that costs less than waiting for others. */
 template <bool BACKWARD>
-static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
+static __device__ __forceinline__ void acp_scan_chunk(const AcpScan &s) {
     enum { EACH = ACP_CHUNK / 256 }; /* elements of a thread, neighbours */
     __shared__ double scratch[8], values[ACP_CHUNK + 256], start;
     auto value = [&](int i) -> double & {
@@ -242,9 +244,8 @@ static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
     int64_t bh = blockIdx.y;
     int e0 = blockIdx.x * ACP_CHUNK, tid = threadIdx.x;
     double own = 0;
-    acp_begin();
-    if (!BACKWARD && blockIdx.x == 0 && bh == 0 && tid < 2) {
-        s.listed[tid] = 0;
+    if (!BACKWARD && blockIdx.x == 0 && bh == 0 && tid == 0) {
+        *s.work.ticket = 0;
     }
 #pragma unroll
     for (int i = tid; i < ACP_CHUNK; i += 256) {
@@ -284,9 +285,18 @@ static __global__ void __launch_bounds__(256) acp_scan_kernel(AcpScan s) {
         }
         if (i % ACP_BLOCK == 0 && e < s.T) {
             double base = block_start * ACP_LOG2E;
-            s.saved.base[bh * s.blocks + e / ACP_BLOCK] = make_float2((float)base, (float)(base - (double)(float)base));
+            int64_t block = bh * s.blocks + e / ACP_BLOCK;
+            s.saved.base[block] = make_float2((float)base, (float)(base - (double)(float)base));
+            s.work.edges[block] = make_double2(block_start, value(min(i + ACP_BLOCK, s.T - e0) - 1));
+            s.work.key_stats[block] = ACP_UNDESCRIBED;
         }
     }
+}
+
+/* grid (chunks, BH), 256 threads */
+static __global__ void __launch_bounds__(256) acp_sum_dc_kernel(AcpScan s) {
+    acp_begin();
+    acp_scan_chunk<true>(s);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -370,19 +380,33 @@ static __global__ void acp_norms_kernel(AcpInputs in, float2 *norms) {
     }
 }
 
-/* Factor of the bound U = scale max|q| max|k|, with norms or with QK-norm weights. */
-static inline double acp_bound_scale(int D, bool weights) {
-    return weights ? sqrt((double)D) * ACP_ROUNDING : (1 + 1e-5) / sqrt((double)D);
-}
-
 struct AcpRanges {
     AcpMode mode;
     int T, H, D, blocks;
-    double scale, log_spread;     /* of U (acp_bound_scale); log_tolerance - log T */
+    /* with max|q| and max|k|, measured or, under QK-norm, of its weights: U = scale max|q| max|k|; |q_i| <= q_scale max|q| */
+    double scale, q_scale;
+    double log_spread;            /* log_tolerance - log T */
     const float *q_norm, *k_norm; /* NULL: work.norms */
     bool shared_norm;
     unsigned long long *skipped, *total; /* [H] or NULL */
 };
+
+static inline AcpRanges acp_ranges(const AcpShape *shape, const float *q_norm, const float *k_norm, const AcpCounts *counts) {
+    double root = sqrt((double)shape->D), rounding = 1 + 1e-5; /* of a sum of squares in float32 */
+    return {shape->mode,
+            shape->T,
+            shape->H,
+            shape->D,
+            acp_num_blocks(shape),
+            q_norm != NULL ? root * ACP_ROUNDING : rounding / root,
+            q_norm != NULL ? root * ACP_ROUNDING : rounding,
+            shape->log_tolerance - log((double)shape->T),
+            q_norm,
+            k_norm,
+            shape->shared_norm,
+            counts != NULL ? counts->skipped : NULL,
+            counts != NULL ? counts->total : NULL};
+}
 
 /* Of one row, by the lanes of a warp: max|q| and max|k| where norms were measured, else max of both QK-norm weights. */
 static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, const AcpWork &work, int64_t bh, int h, int lane) {
@@ -397,288 +421,17 @@ static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, c
     return make_float2(warp_max(q), warp_max(k));
 }
 
-/* tight, first step: what is known of a head before its rows are read, and where there is something to gain. Fills
- * work.most_q, centre, the lists, and first_raw of all query blocks that are in none: those whose range is no more than
- * their own block and the one before by the paper's test alone. grid (BH), 256 threads */
-template <int D>
-static __global__ void __launch_bounds__(256) acp_heads_kernel(AcpInputs in, AcpRanges r, AcpSaved saved, AcpWork work) {
-    __shared__ float partial[256 * 8];
-    __shared__ double threshold;    /* the paper's; nothing is below it without QK-norm */
-    __shared__ int slow, beyond;    /* query blocks to search; past the last key block that they need */
-    __shared__ unsigned query, key; /* where they go in the lists */
-    constexpr int LANES = D / 8, ROWS = 256 / LANES;
-    int bh = blockIdx.x, tid = threadIdx.x, samples = min(in.T, 256);
-    const double *c = saved.c + (int64_t)bh * in.T;
-    int *first = work.first_raw + (int64_t)bh * in.blocks;
-    acp_begin();
-    if (tid == 0) {
-        threshold = -INFINITY;
-        slow = beyond = 0;
-    }
-    if (tid < 32) {
-        float most_q = INFINITY;
-        if (r.q_norm != NULL) {
-            float2 most = acp_largest_norms(r, work, bh, bh % in.H, tid);
-            most_q = most.x * (float)(sqrt((double)D) * ACP_ROUNDING);
-            if (tid == 0) {
-                threshold = -2.0 * r.scale * (double)most.x * (double)most.y + r.log_spread;
-            }
-        }
-        if (tid == 0) {
-            work.most_q[bh] = most_q;
-        }
-    }
-    float sum[8] = {0};
-#pragma unroll 8
-    for (int s = tid / LANES; s < samples; s += ROWS) {
-        float k[8];
-        load8(k, in.k + acp_row<D>(bh, s * in.T / samples, in.T, in.H, in.stride) + tid % LANES * 8);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            sum[i] += k[i];
-        }
-    }
-    for (int i = 0; i < 8; i++) {
-        partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
-    }
-    __syncthreads();
-    auto is_slow = [&](int m) {
-        return m >= 2 && !(c[m * ACP_BLOCK] - c[(m - 1) * ACP_BLOCK - 1] < threshold);
-    };
-    for (int m = tid; m < in.blocks; m += 256) {
-        if (is_slow(m)) {
-            atomicAdd(&slow, 1);
-            atomicMax(&beyond, m);
-        } else {
-            first[m] = m == 0 || c[m * ACP_BLOCK] - c[m * ACP_BLOCK - 1] < threshold ? m : m - 1;
-        }
-    }
-    if (tid < D) {
-        float total = 0;
-        for (int g = 0; g < ROWS; g++) {
-            total += partial[g * D + tid];
-        }
-        work.centre[(int64_t)bh * D + tid] = total / (float)samples;
-    }
-    __syncthreads();
-    if (slow == 0) {
-        return;
-    }
-    if (tid == 0) {
-        query = atomicAdd(&work.listed[0], (unsigned)slow);
-        key = atomicAdd(&work.listed[1], (unsigned)beyond);
-    }
-    __syncthreads();
-    for (int m = tid; m < in.blocks; m += 256) { /* in any order: each is searched by itself */
-        if (is_slow(m)) {
-            work.queries[atomicAdd(&query, 1u)] = bh * in.blocks + m;
-        }
-        if (m < beyond) {
-            work.keys[key + (unsigned)m] = bh * in.blocks + m;
-        }
-    }
-}
+#include "cuda/tight_search.cuh"
 
-/* tight, what is known of each key block listed: its decayed mass W = sum_j w_j, w_j = exp(c_last - c_j), its norm K
- * (cpu/acp.h), its decayed mean key. Reads their keys once. 128 threads; thread blocks share the list */
+/* What the ranges follow from: sums of gates, and for `tight` what is known of heads. grid (chunks and, for `tight`, one more;
+ * BH), 256 threads */
 template <int D>
-static __global__ void __launch_bounds__(128, ACP_SEARCHING) acp_key_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work) {
-    __shared__ float weight[ACP_BLOCK], norm[ACP_BLOCK], partial[128 * 8], scratch[4];
-    constexpr int LANES = D / 8, ROWS = 128 / LANES;
-    int tid = threadIdx.x;
+static __global__ void __launch_bounds__(256) acp_sum_gates_kernel(AcpScan s, AcpInputs in, AcpRanges r) {
     acp_begin();
-    unsigned listed = work.listed[1];
-    for (unsigned item = blockIdx.x; item < listed; item += gridDim.x) {
-        int at = work.keys[item], bh = at / in.blocks, start = at % in.blocks * ACP_BLOCK; /* never the last: a whole block */
-        const double *c = saved.c + (int64_t)bh * in.T + start;
-        const bf16 *k_rows = in.k + acp_row<D>(bh, start + tid / LANES, in.T, in.H, in.stride) + tid % LANES * 8;
-        Bf16x8 keys[8]; /* all on their way before the first is waited for */
-        auto load = [&](int r0) {
-#pragma unroll
-            for (int g = 0; g < 8; g++) {
-                keys[g] = load_raw8(k_rows + (r0 + g * ROWS) * in.stride, true);
-            }
-        };
-        load(0);
-        float centre[8], sum[8] = {0};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            centre[i] = work.centre[(int64_t)bh * D + tid % LANES * 8 + i];
-        }
-        weight[tid] = expf((float)(c[ACP_BLOCK - 1] - c[tid]));
-        __syncthreads();
-        for (int r0 = 0; r0 < ACP_BLOCK; r0 += 8 * ROWS) {
-            if (r0 > 0) {
-                load(r0);
-            }
-#pragma unroll
-            for (int g = 0; g < 8; g++) {
-                int row = r0 + g * ROWS + tid / LANES;
-                float k[8], w = weight[row];
-                unpack8(k, keys[g]);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    k[i] -= centre[i];
-                    sum[i] = fmaf(w, k[i], sum[i]);
-                }
-                float k2 = acp_row_sum<D>(acp_dot8(k, k));
-                if (tid % LANES == 0) {
-                    norm[row] = sqrtf(k2);
-                }
-            }
-        }
-        for (int i = 0; i < 8; i++) {
-            partial[tid / LANES * D + tid % LANES * 8 + i] = sum[i];
-        }
-        __syncthreads();
-        float longest = acp_block_max(norm[tid], scratch), a = fmaxf(work.most_q[bh] * rsqrtf((float)D), 1e-6f);
-        float own = norm[tid] < longest ? weight[tid] * expf(a * (norm[tid] - longest)) : weight[tid];
-        float W = acp_block_sum(weight[tid], scratch), mean = acp_block_sum(own, scratch) / W;
-        if (tid < D) {
-            float total = 0;
-            for (int g = 0; g < ROWS; g++) {
-                total += partial[g * D + tid];
-            }
-            work.key_means[(int64_t)at * D + tid] = total / W;
-        }
-        if (tid == 0) {
-            work.key_stats[at] = make_float2(logf(W), longest + logf(fmaxf(mean, 1e-30f)) / a);
-        }
-        __syncthreads();
-    }
-}
-
-/* tight, the range of each query block listed. Every row's log Z is bounded from below by L_i, the sum (in logarithms) of its
- * own key and, by Jensen's inequality, of the history, all keys before the block (but for those of less than e^-25 of a
- * key's weight); rho = max_i (c_i - c_start - L_i). Then whole key blocks are given up from the left while their bounds sum
- * to less than eps. Reads their queries and keys once. 128 threads; thread blocks share the list */
-template <int D>
-static __global__ void __launch_bounds__(128, ACP_SEARCHING)
-    acp_query_blocks_kernel(AcpInputs in, AcpSaved saved, AcpWork work, float log_budget) {
-    constexpr int LANES = D / 8, ROWS = 128 / LANES, COLUMNS = D / 4, GROUPS = 128 / COLUMNS, AHEAD = 4;
-    __shared__ float mean[D], centre[D], masses[GROUPS], scratch[4], upto;
-    __shared__ float4 sums[128];
-    __shared__ int stop;
-    const float scale = rsqrtf((float)D);
-    int tid = threadIdx.x;
-    acp_begin();
-    unsigned listed = work.listed[0];
-    for (unsigned item = blockIdx.x; item < listed; item += gridDim.x) {
-        /* from the end of the list: the last keys that were read may still be in cache */
-        int at = work.queries[listed - 1 - item], bh = at / in.blocks, m = at % in.blocks, start = m * ACP_BLOCK;
-        const double *c = saved.c + (int64_t)bh * in.T;
-        const float2 *stats = work.key_stats + at - m; /* of this head, as are the means */
-        const float4 *means = reinterpret_cast<const float4 *>(work.key_means + (int64_t)(at - m) * D) + tid % COLUMNS;
-        const float *lifts = saved.lift + (int64_t)at * ACP_BLOCK;
-        double C = c[start], before = c[start - 1];
-        Bf16x8 queries[4], keys[4]; /* all on their way before the first is waited for */
-        float lift[4];
-        auto load = [&](int r0) {
-#pragma unroll
-            for (int g = 0; g < 4; g++) {
-                int t = min(start + r0 + g * ROWS + tid / LANES, in.T - 1); /* rows beyond the end repeat the last */
-                int64_t row = acp_row<D>(bh, t, in.T, in.H, in.stride) + tid % LANES * 8;
-                queries[g] = load_raw8(in.q + row, true);
-                keys[g] = load_raw8(in.k + row, true);
-                lift[g] = lifts[t - start];
-            }
-        };
-        load(0);
-        /* the history: every group of threads takes every GROUPS-th block, from the nearest on */
-        float4 sum = make_float4(0, 0, 0, 0);
-        float mass = 0;
-        for (int n0 = m - 1 - tid / COLUMNS; n0 >= 0; n0 -= AHEAD * GROUPS) {
-            float4 key[AHEAD];
-            float weight[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                int n = max(n0 - i * GROUPS, 0);
-                key[i] = means[(int64_t)n * COLUMNS];
-                weight[i] = n0 - i * GROUPS >= 0 ? (float)(before - c[n * ACP_BLOCK + ACP_BLOCK - 1]) + stats[n].x : -INFINITY;
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                float w = __expf(weight[i]);
-                mass += w;
-                sum.x = fmaf(w, key[i].x, sum.x);
-                sum.y = fmaf(w, key[i].y, sum.y);
-                sum.z = fmaf(w, key[i].z, sum.z);
-                sum.w = fmaf(w, key[i].w, sum.w);
-            }
-            if (weight[AHEAD - 1] < -25.0f) {
-                break; /* the blocks before weigh less still */
-            }
-        }
-        sums[tid] = sum;
-        if (tid % COLUMNS == 0) {
-            masses[tid / COLUMNS] = mass;
-        }
-        if (tid == 0) {
-            stop = m;
-            upto = 0;
-        }
-        __syncthreads();
-        mass = 0;
-        for (int g = 0; g < GROUPS; g++) {
-            mass += masses[g];
-        }
-        if (tid < D) {
-            float total = 0;
-            for (int g = 0; g < GROUPS; g++) {
-                total += reinterpret_cast<const float *>(sums)[g * D + tid];
-            }
-            mean[tid] = total / mass;
-            centre[tid] = work.centre[(int64_t)bh * D + tid];
-        }
-        __syncthreads();
-        float gap = (float)(C - before) + logf(mass), rho = -INFINITY, q2 = 0;
-        for (int r0 = 0; r0 < ACP_BLOCK; r0 += 4 * ROWS) {
-            if (r0 > 0) {
-                load(r0);
-            }
-#pragma unroll
-            for (int g = 0; g < 4; g++) {
-                float q[8], k[8];
-                unpack8(q, queries[g]);
-                unpack8(k, keys[g]);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    k[i] -= centre[tid % LANES * 8 + i];
-                }
-                float own = scale * acp_row_sum<D>(acp_dot8(q, k));
-                float past = scale * acp_row_sum<D>(acp_dot8(q, mean + tid % LANES * 8));
-                q2 = fmaxf(q2, acp_row_sum<D>(acp_dot8(q, q)));
-                float decay = -(float)ACP_LN2 * lift[g], history = decay + gap + past;
-                float high = fmaxf(own, history), low = fminf(own, history);
-                rho = fmaxf(rho, decay - (high + __logf(1.0f + __expf(low - high))));
-            }
-        }
-        rho = acp_block_max(rho, scratch);
-        float norm = sqrtf(acp_block_max(q2, scratch));
-        for (int n0 = 0; n0 < stop; n0 += ACP_BLOCK) {
-            int n = n0 + tid;
-            float lost = 0, spent = upto;
-            if (n < m) {
-                float2 key = stats[n];
-                lost = expf(rho + (float)(C - c[(n + 1) * ACP_BLOCK - 1]) + key.x + scale * norm * key.y - log_budget);
-            }
-            spent += acp_block_scan(lost, scratch, AcpAdd());
-            if (!(spent <= 1.0f)) { /* in units of the budget, which may itself be too small for float32 */
-                atomicMin(&stop, n);
-            }
-            __syncthreads();
-            if (stop < m) {
-                break;
-            }
-            if (tid == ACP_BLOCK - 1) {
-                upto = spent;
-            }
-            __syncthreads();
-        }
-        if (tid == 0) {
-            work.first_raw[at] = stop;
-        }
-        __syncthreads();
+    if ((int)blockIdx.x * ACP_CHUNK < s.T) {
+        acp_scan_chunk<false>(s);
+    } else {
+        acp_describe_head<D>(in, r, s.work, (int)blockIdx.y);
     }
 }
 
@@ -724,13 +477,12 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
     int64_t bh = blockIdx.x;
     int h = (int)blockIdx.x % r.H, tid = threadIdx.x;
     unsigned own_skipped = 0;
-    double delta = 0, U = INFINITY;
     acp_begin();
     if (tid == 0) {
         lowest = r.blocks;
         skipped = 0;
     }
-    if (tid >= LAST_WARP && (r.mode == ACP_PAPER || r.q_norm != NULL)) { /* it has the least to load below */
+    if (tid >= LAST_WARP) { /* it has the least to load below */
         float2 largest = acp_largest_norms(r, work, bh, h, tid - LAST_WARP);
         if (tid == LAST_WARP) {
             bound[0] = largest.x;
@@ -738,18 +490,15 @@ static __global__ void acp_ranges_kernel(AcpRanges r, AcpSaved saved, AcpWork wo
         }
     }
     if (r.mode == ACP_PAPER) {
-        const double *c = saved.c + bh * r.T;
 #pragma unroll 4
         for (int n = tid; n < r.blocks; n += 256) {
-            begins[n] = c[n * ACP_BLOCK];
-            ends[n] = c[min((n + 1) * ACP_BLOCK, r.T) - 1];
+            double2 edges = work.edges[bh * r.blocks + n];
+            begins[n] = edges.x;
+            ends[n] = edges.y;
         }
     }
     __syncthreads();
-    if (r.mode == ACP_PAPER || r.q_norm != NULL) {
-        U = r.scale * (double)bound[0] * (double)bound[1];
-        delta = -2.0 * U + r.log_spread;
-    }
+    double U = r.scale * (double)bound[0] * (double)bound[1], delta = -2.0 * U + r.log_spread;
     if (tid == 0) {
         saved.bound[bh] = (float)U;
     }
@@ -990,28 +739,30 @@ static void acp_run_backward(const AcpShape *shape, const AcpBackward &args, cud
     acp_run_dkdv<D>(shape, args, stream);
 }
 
-template <bool BACKWARD>
-static void acp_run_scan(const AcpShape *shape, const AcpScan &scan, cudaStream_t stream) {
-    dim3 grid((unsigned)((scan.T + ACP_CHUNK - 1) / ACP_CHUNK), (unsigned)(shape->B * shape->H));
-    acp_launch(acp_on_hopper(shape), acp_scan_kernel<BACKWARD>, grid, 256, 0, stream, scan);
+/* c, base, lift, bound and the ranges of all heads. */
+template <int D>
+static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const AcpScan &scan, const AcpRanges &ranges,
+                            cudaStream_t stream) {
+    const AcpSaved &saved = scan.saved;
+    const AcpWork &work = scan.work;
+    unsigned heads = (unsigned)in.BH, chunks = (unsigned)((in.T + ACP_CHUNK - 1) / ACP_CHUNK);
+    bool early = acp_on_hopper(shape), tight = shape->mode == ACP_TIGHT;
+    if (ranges.q_norm == NULL) {
+        acp_launch(early, acp_norms_kernel<D>, dim3((unsigned)in.blocks, heads), 128, 0, stream, in, work.norms);
+    }
+    acp_launch(early, acp_sum_gates_kernel<D>, dim3(chunks + tight, heads), 256, 0, stream, scan, in, ranges);
+    if (tight) {
+        float log_budget = (float)(shape->log_tolerance - 0.02); /* the same allowance for float32 as in cpu/acp.h */
+        acp_launch(early, acp_search_kernel<D>, acp_staying(in.BH * in.blocks, acp_searching<D>()), 128, acp_search_shared<D>(),
+                   stream, in, saved, work, log_budget);
+    }
+    acp_launch(early, acp_ranges_kernel, heads, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved, work);
 }
 
-template <int D>
-static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const AcpSaved &saved, const AcpWork &work,
-                            const AcpRanges &ranges, cudaStream_t stream) {
-    dim3 grid((unsigned)in.blocks, (unsigned)in.BH);
-    bool early = acp_on_hopper(shape);
-    if (shape->mode == ACP_PAPER && ranges.q_norm == NULL) {
-        acp_launch(early, acp_norms_kernel<D>, grid, 128, 0, stream, in, work.norms);
-    } else if (shape->mode == ACP_TIGHT) {
-        unsigned searching = acp_staying(in.BH * in.blocks, ACP_SEARCHING);
-        float log_budget = (float)(shape->log_tolerance - 0.02); /* the same allowance for float32 as in cpu/acp.h */
-        acp_launch(early, acp_heads_kernel<D>, in.BH, 256, 0, stream, in, ranges, saved, work);
-        acp_launch(early, acp_key_blocks_kernel<D>, searching, 128, 0, stream, in, saved, work);
-        acp_launch(early, acp_query_blocks_kernel<D>, searching, 128, 0, stream, in, saved, work, log_budget);
-    }
-    acp_launch(early, acp_ranges_kernel, in.BH, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved,
-               work);
+/* d log f from dc */
+static void acp_run_gate_gradient(const AcpShape *shape, const AcpScan &scan, cudaStream_t stream) {
+    dim3 grid((unsigned)((scan.T + ACP_CHUNK - 1) / ACP_CHUNK), (unsigned)(shape->B * shape->H));
+    acp_launch(acp_on_hopper(shape), acp_sum_dc_kernel, grid, 256, 0, stream, scan);
 }
 
 extern "C" int64_t acp_most_tokens(void) {
@@ -1068,26 +819,14 @@ extern "C" void acp_attention_forward(const AcpShape *shape, bf16 *o, float *lse
     AcpSaved saved = acp_saved(shape, saved_memory, &bytes);
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape), BH};
-    AcpScan scan = {in.T, in.blocks, log_f, NULL, saved, NULL, work.listed};
-    AcpRanges ranges = {shape->mode,
-                        in.T,
-                        in.H,
-                        shape->D,
-                        in.blocks,
-                        acp_bound_scale(shape->D, q_norm != NULL),
-                        shape->log_tolerance - log((double)in.T),
-                        q_norm,
-                        k_norm,
-                        shape->shared_norm,
-                        counts != NULL ? counts->skipped : NULL,
-                        counts != NULL ? counts->total : NULL};
+    AcpScan scan = {in.T, in.blocks, log_f, NULL, saved, work, NULL};
+    AcpRanges ranges = acp_ranges(shape, q_norm, k_norm, counts);
     AcpForward args = {in, saved, o, lse};
-    acp_run_scan<false>(shape, scan, stream);
     if (shape->D == 64) {
-        acp_find_ranges<64>(shape, in, saved, work, ranges, stream);
+        acp_find_ranges<64>(shape, in, scan, ranges, stream);
         acp_run_forward<64>(shape, args, stream);
     } else {
-        acp_find_ranges<128>(shape, in, saved, work, ranges, stream);
+        acp_find_ranges<128>(shape, in, scan, ranges, stream);
         acp_run_forward<128>(shape, args, stream);
     }
 }
@@ -1103,13 +842,13 @@ extern "C" void acp_attention_backward(const AcpShape *shape, bf16 *dq, bf16 *dk
     AcpWork work = acp_work(shape, workspace, &bytes);
     AcpInputs in = {q, k, v, stride, shape->T, shape->H, acp_num_blocks(shape), BH};
     AcpBackward args = {in, saved, work, dout, o, lse, dq, dk, dv};
-    AcpScan scan = {in.T, in.blocks, NULL, work.dc, saved, dlog_f, NULL};
+    AcpScan scan = {in.T, in.blocks, NULL, work.dc, saved, work, dlog_f};
     if (shape->D == 64) {
         acp_run_backward<64>(shape, args, stream);
     } else {
         acp_run_backward<128>(shape, args, stream);
     }
-    acp_run_scan<true>(shape, scan, stream);
+    acp_run_gate_gradient(shape, scan, stream);
 }
 
 #endif

@@ -639,24 +639,30 @@ static inline void fox_output_and_mlp(const FoxConfig *config, const FoxLayerWei
     gemm(N, d, F, 1, matrix(a->act, F), transposed(w->down, F), 1, x_out, d);
 }
 
-/* The norms that queries and keys of head h have at most, by its QK-norm weights; infinite without QK-norm. */
-static inline AcpNorms fox_most_norms(const FoxConfig *config, const FoxLayerWeights *w, int h) {
+/* The norms that queries and keys of head h have at most by its QK-norm weights, which there must be. */
+static inline AcpNorms fox_norms_of_weights(const FoxConfig *config, const FoxLayerWeights *w, int h) {
     int D = config->hidden_size / config->num_heads, at = config->qk_norm_share_param_across_head ? 0 : h * D;
-    AcpNorms unknown = {INFINITY, INFINITY};
-    return config->qk_norm ? acp_norms_of_weights(w->q_norm + at, w->k_norm + at, D) : unknown;
+    return acp_norms_of_weights(w->q_norm + at, w->k_norm + at, D);
+}
+
+/* The same with or without QK-norm: without, those that they have. */
+static inline AcpNorms fox_most_norms(const FoxConfig *config, const FoxLayerWeights *w, const AcpHead *head, int h) {
+    return config->qk_norm ? fox_norms_of_weights(config, w, h) : acp_norms_measured(head);
 }
 
 /* First key block that each query block of one head keeps, by the chosen test. */
 static inline void fox_first_blocks(const FoxModel *m, const FoxLayerWeights *w, const AcpHead *head, int h, int *first) {
     int T = head->T, D = head->D;
-    AcpNorms most = fox_most_norms(&m->config, w, h);
+    double tolerance = (double)m->log_tolerance;
     if (m->acp == ACP_OFF || !m->config.use_forget_gate) {
         memset(first, 0, sizeof(int) * (size_t)acp_blocks(T, FOX_BLOCK));
-    } else if (m->acp == ACP_PAPER) {
-        double U = acp_bound(m->config.qk_norm ? most : acp_norms_measured(head), D);
-        acp_first_blocks_paper(T, head->c, acp_threshold(U, T, (double)m->log_tolerance), FOX_BLOCK, FOX_BLOCK, first);
+        return;
+    }
+    AcpNorms most = fox_most_norms(&m->config, w, head, h);
+    if (m->acp == ACP_PAPER) {
+        acp_first_blocks_paper(T, head->c, acp_threshold(acp_bound(most, D), T, tolerance), FOX_BLOCK, FOX_BLOCK, first);
     } else {
-        acp_first_blocks_tight(head, most, (double)m->log_tolerance, FOX_BLOCK, FOX_BLOCK, first);
+        acp_first_blocks_tight(head, most, tolerance, FOX_BLOCK, FOX_BLOCK, first);
     }
 }
 

@@ -129,11 +129,14 @@ typedef struct AcpKeyBlock {
     double norm;     /* K: for every query with |q| <= most_q, sum_j w_j exp(q.k_j / sqrt(D)) <= W exp(|q| K / sqrt(D)) */
 } AcpKeyBlock;
 
-/* What it knows of a query block m; C is c at its first row. */
+/* What it knows of a query block m; C is c at its first row. With rho_i = c_i - C - L_i, L_i <= log Z_i, a row's mass in key
+ * block n is at most exp(rho_i + |q_i| K / sqrt(D) + (C - cl) + log W). The worst row differs from K to K; it is known where
+ * K = K0, and from there |q_i| K changes by no more than the longest query allows, or, downwards, no less than the shortest. */
 typedef struct AcpQueryBlock {
     double C;
-    double slack; /* rho = max_i (c_i - C - L_i), L_i <= log Z_i */
-    double norm;  /* Q = max |q_i| */
+    double K0;          /* the norm K of the key block before, which others are like */
+    double near;        /* max_i (rho_i + |q_i| K0 / sqrt(D)) */
+    double most, least; /* of |q_i| */
 } AcpQueryBlock;
 
 /* The keys of a head as shorter vectors, [T, D]: minus their common part, the mean of up to 256 of them. It adds the same
@@ -156,7 +159,7 @@ static inline float *acp_centred_keys(const AcpHead *head) {
 /* k: [T, D], the keys. Fills blocks[acp_blocks(T, block_k)]. max |k_j| would do for K, but one long key in a block would
  * set it. Less does: with a = most_q / sqrt(D) and M the mean of exp(a |k_j|), each counted w_j / W, K = log(M) / a; for
  * |q| = x most_q, x <= 1, Jensen's inequality gives mean exp(x a |k_j|) <= M^x = exp(|q| K / sqrt(D)).
- * most_q: INFINITY where no bound is known. */
+ * most_q: no query is longer. */
 static inline void acp_key_blocks(const AcpHead *head, const float *k, double most_q, int block_k, AcpKeyBlock *blocks) {
     double a = fmax(most_q / sqrt((double)head->D), 1e-6), *norm = FOX_NEW(double, block_k);
     for (int n = 0; n < acp_blocks(head->T, block_k); n++) {
@@ -181,8 +184,9 @@ static inline void acp_key_blocks(const AcpHead *head, const float *k, double mo
 /* The row's own normaliser from below. Every earlier key contributes to Z_i; with weights w_j = exp(c_b - c_j) of the
  * keys before the block (b its first row minus one), W their sum and kbar their mean, Jensen's inequality gives
  *     Z_i >= exp(s_ii) + exp(c_i - c_b) * W * exp(q_i.kbar / sqrt(D)).
- * k: [T, D], the keys. Fills blocks[acp_blocks(T, block_q)]. */
-static inline void acp_query_blocks(const AcpHead *head, const float *k, int block_q, AcpQueryBlock *blocks) {
+ * k: [T, D], the keys; keys: [acp_blocks(T, block_k)], their blocks. Fills blocks[acp_blocks(T, block_q)]. */
+static inline void acp_query_blocks(const AcpHead *head, const float *k, int block_q, int block_k, const AcpKeyBlock *keys,
+                                    AcpQueryBlock *blocks) {
     int T = head->T, D = head->D;
     double scale = 1.0 / sqrt((double)D), mass = 0; /* W, and W * kbar: decayed to the row before the block */
     float *mean = FOX_NEW(float, D);
@@ -190,9 +194,8 @@ static inline void acp_query_blocks(const AcpHead *head, const float *k, int blo
     for (int m = 0; m < acp_blocks(T, block_q); m++) {
         int start = m * block_q, last = acp_last_row(T, block_q, m);
         double C = head->c[start], before = start > 0 ? head->c[start - 1] : 0;
-        blocks[m].C = C;
-        blocks[m].slack = -INFINITY;
-        blocks[m].norm = 0;
+        AcpQueryBlock *block = &blocks[m];
+        *block = (AcpQueryBlock){C, start > 0 ? keys[(start - 1) / block_k].norm : 0, -INFINITY, 0, INFINITY};
         for (int d = 0; d < D; d++) {
             mean[d] = mass > 0 ? (float)(sum[d] / mass) : 0;
         }
@@ -202,8 +205,9 @@ static inline void acp_query_blocks(const AcpHead *head, const float *k, int blo
             if (mass > 0) {
                 L = acp_log_add(L, head->c[i] - before + log(mass) + scale * acp_dot(q, mean, D));
             }
-            blocks[m].slack = fmax(blocks[m].slack, head->c[i] - C - L);
-            blocks[m].norm = fmax(blocks[m].norm, norm);
+            block->near = fmax(block->near, head->c[i] - C - L + scale * norm * block->K0);
+            block->most = fmax(block->most, norm);
+            block->least = fmin(block->least, norm);
         }
         double decay = start > 0 ? exp(head->c[last] - before) : 0;
         mass *= decay;
@@ -225,7 +229,8 @@ static inline void acp_query_blocks(const AcpHead *head, const float *k, int blo
 /* First kept key block of every query block by the tight test: the same guarantee, fewer blocks.
  *
  * For query block m and an earlier key block n, any row's mass in n is at most
- *     exp(c_i - cl) * W * exp(Q K / sqrt(D)) / Z_i <= exp(x_mn),   x_mn = rho + (C - cl) + log W + Q K / sqrt(D).
+ *     exp(c_i - cl) * W * exp(|q_i| K / sqrt(D)) / Z_i <= exp(x_mn),
+ *     x_mn = near + (K - K0) Q / sqrt(D) + (C - cl) + log W,   Q = most where K >= K0, least elsewhere.
  * The longest prefix of key blocks with sum exp(x_mn) <= eps is skipped. Nothing assumes that x grows with n: every
  * skipped block is paid for in the sum. Taking the minimum over all later query blocks makes first[] non-decreasing,
  * which only keeps more.
@@ -236,7 +241,7 @@ static inline void acp_query_blocks(const AcpHead *head, const float *k, int blo
  * Backward uses the same ranges. It could use sharper ones, since it knows Z_i, but they kept hardly fewer blocks (0.2%
  * of all in 12,000 random and adversarial heads, docs/results/cpu.md). The 0.02 covers float32 rounding of the same
  * computation on the GPU.
- * most: what norms are known not to exceed before they are looked at, or INFINITY. first: [acp_blocks(T, block_q)]. */
+ * most: what no norm exceeds. first: [acp_blocks(T, block_q)]. */
 static inline void acp_first_blocks_tight(const AcpHead *head, AcpNorms most, double log_tolerance, int block_q, int block_k,
                                           int *first) {
     int T = head->T, D = head->D, nq = acp_blocks(T, block_q), nk = acp_blocks(T, block_k);
@@ -245,7 +250,7 @@ static inline void acp_first_blocks_tight(const AcpHead *head, AcpNorms most, do
     AcpQueryBlock *queries = FOX_NEW(AcpQueryBlock, nq);
     float *k = acp_centred_keys(head);
     acp_key_blocks(head, k, most.q, block_k, keys);
-    acp_query_blocks(head, k, block_q, queries);
+    acp_query_blocks(head, k, block_q, block_k, keys, queries);
     acp_first_blocks_paper(T, head->c, acp_threshold(acp_bound(most, D), T, log_tolerance), block_q, block_k, first);
     for (int m = 0; m < nq; m++) {
         const AcpQueryBlock *query = &queries[m];
@@ -256,7 +261,8 @@ static inline void acp_first_blocks_tight(const AcpHead *head, AcpNorms most, do
         }
         for (; acp_last_row(T, block_k, n) < m * block_q; n++) {
             const AcpKeyBlock *key = &keys[n];
-            spent += exp(query->slack + (query->C - key->cl) + key->log_mass + scale * query->norm * key->norm);
+            double more = key->norm - query->K0, norm = more >= 0 ? query->most : query->least;
+            spent += exp(query->near + scale * more * norm + (query->C - key->cl) + key->log_mass);
             if (!(spent <= budget)) {
                 break;
             }

@@ -144,7 +144,7 @@ static inline void fox_decode_attention(FoxDecoder *s, const FoxLayerWeights *w,
             *c += fox_log_sigmoid((double)(a->f[h] + w->fgate_bias[h]));
         }
         if (s->prune) {
-            threshold = acp_threshold(acp_bound(fox_most_norms(&s->config, w, h), D), s->max_tokens, s->log_tolerance);
+            threshold = acp_threshold(acp_bound(fox_norms_of_weights(&s->config, w, h), D), s->max_tokens, s->log_tolerance);
         }
         fox_decode_head(&s->heads[layer * H + h], a->o + h * D, s->weights + (int64_t)h * s->max_tokens, a->q + h * D, a->k + h * D,
                         a->v + h * D, *c, threshold, D);

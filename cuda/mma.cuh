@@ -20,6 +20,20 @@ static __device__ __forceinline__ void acp_copies_done(void) {
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/* Writes a word after all that this thread knows to be written: whoever sees the word by acp_await sees that too. */
+static __device__ __forceinline__ void acp_publish(uint64_t *to, uint64_t word) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+
+/* The word, as soon as it is no longer `unset`. */
+static __device__ __forceinline__ uint64_t acp_await(const uint64_t *from, uint64_t unset) {
+    uint64_t word;
+    do {
+        asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    } while (word == unset);
+    return word;
+}
+
 /* ldmatrix: four 8 x 8 matrices of 16-bit values, lane l names row l % 8 of matrix l / 8 and gets two neighbours of row l / 4 of
  * each; of the transposed matrices in the second form. */
 static __device__ __forceinline__ void acp_load_matrices(uint32_t r[4], uint32_t address) {

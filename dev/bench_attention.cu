@@ -129,11 +129,10 @@ static float bench_time(Work work) {
     return ms[REPEATS / 2];
 }
 
-enum { BENCH_KERNELS = 6 };
+enum { BENCH_KERNELS = 5 };
 
 static void bench_print_kernels(const float *ms) {
-    printf("    scan %.3f  scan, ranges %.3f  forward %.3f | dq %.3f  dkdv %.3f  scan %.3f\n", ms[0], ms[1], ms[2], ms[3],
-           ms[4], ms[5]);
+    printf("    ranges %.3f  forward %.3f | dq %.3f  dkdv %.3f  gates %.3f\n", ms[0], ms[1], ms[2], ms[3], ms[4]);
 }
 
 /* The kernels of one pass, each alone: adds to ms[BENCH_KERNELS]. After a forward pass. */
@@ -147,18 +146,13 @@ static void bench_kernels(const AcpShape *shape, const Buffers *b, float *ms) {
     AcpInputs in = {b->q, b->k, b->v, stride, T, shape->H, blocks, BH};
     AcpForward forward = {in, saved, b->o, b->lse};
     AcpBackward backward = {in, saved, work, b->dout, b->o, b->lse, b->dq, b->dk, b->dv};
-    AcpScan scan = {T, blocks, b->log_f, work.dc, saved, b->dlog_f, work.listed};
-    AcpRanges ranges = {shape->mode, T, shape->H, D, blocks, acp_bound_scale(D, true), shape->log_tolerance - log((double)T),
-                        b->ones, b->ones, false, NULL, NULL};
-    ms[0] += bench_time([&] { acp_run_scan<false>(shape, scan, 0); });
-    ms[1] += bench_time([&] {
-        acp_run_scan<false>(shape, scan, 0);
-        acp_find_ranges<D>(shape, in, saved, work, ranges, 0);
-    });
-    ms[2] += bench_time([&] { acp_run_forward<D>(shape, forward, 0); });
-    ms[3] += bench_time([&] { acp_run_dq<D>(shape, backward, 0); });
-    ms[4] += bench_time([&] { acp_run_dkdv<D>(shape, backward, 0); });
-    ms[5] += bench_time([&] { acp_run_scan<true>(shape, scan, 0); });
+    AcpScan scan = {T, blocks, b->log_f, work.dc, saved, work, b->dlog_f};
+    AcpRanges ranges = acp_ranges(shape, b->ones, b->ones, NULL);
+    ms[0] += bench_time([&] { acp_find_ranges<D>(shape, in, scan, ranges, 0); });
+    ms[1] += bench_time([&] { acp_run_forward<D>(shape, forward, 0); });
+    ms[2] += bench_time([&] { acp_run_dq<D>(shape, backward, 0); });
+    ms[3] += bench_time([&] { acp_run_dkdv<D>(shape, backward, 0); });
+    ms[4] += bench_time([&] { acp_run_gate_gradient(shape, scan, 0); });
 }
 
 /* Forward and backward of every layer of a trained model's gates. */

@@ -46,7 +46,7 @@ static double largest_mass(const AcpHead *head, const float *lse, double U, doub
 static void check_head(const AcpHead *head, const float *lse, AcpNorms most, double log_tolerance, const int *of_gpu, Found found[TESTS]) {
     int blocks = acp_blocks(head->T, BLOCK);
     int *first = FOX_NEW(int, blocks);
-    double U = acp_bound(isinf(most.q) ? acp_norms_measured(head) : most, head->D);
+    double U = acp_bound(most, head->D);
     for (int test = 0; test < TESTS; test++) {
         if (test == 0) {
             acp_first_blocks_paper(head->T, head->c, acp_threshold(U, head->T, log_tolerance), BLOCK, BLOCK, first);
@@ -143,7 +143,7 @@ static bool check_layers(FoxModel *m, const int32_t *tokens, double log_toleranc
         for (int h = 0; h < H; h++) {
             AcpHead head = {T, d / H, a->q + h * (d / H), a->k + h * (d / H), d, a->c + (int64_t)h * T};
             const int *first = of_gpu != NULL ? of_gpu + ((int64_t)l * H + h) * blocks : NULL;
-            check_head(&head, a->lse + (int64_t)h * T, fox_most_norms(&m->config, &w, h), log_tolerance, first, found);
+            check_head(&head, a->lse + (int64_t)h * T, fox_most_norms(&m->config, &w, &head, h), log_tolerance, first, found);
         }
         printf("layer %2d ", l);
         for (int test = 0; test < shown; test++) {

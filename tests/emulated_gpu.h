@@ -212,6 +212,16 @@ static inline void __syncthreads(void) {
     emulated::meet(&emulated::block->all, emulated::block->threads);
 }
 
+static inline int __syncthreads_or(int x) {
+    static int any;
+    __syncthreads();
+    any = 0;
+    __syncthreads();
+    any |= x;
+    __syncthreads();
+    return any != 0;
+}
+
 static inline void __syncwarp(void) {
     emulated::gather(0);
 }
@@ -302,6 +312,17 @@ static inline float __uint_as_float(unsigned x) {
     float y;
     memcpy(&y, &x, sizeof y);
     return y;
+}
+
+static inline unsigned __float_as_uint(float x) {
+    unsigned y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+template <typename Value>
+static Value __ldcg(const Value *p) {
+    return *p;
 }
 
 static inline int min(int a, int b) {

@@ -75,6 +75,17 @@ static inline void acp_copy16(uint32_t to, const void *from, bool valid) {
 static inline void acp_copies_done(void) {
 }
 
+static inline void acp_publish(uint64_t *to, uint64_t word) {
+    *to = word;
+}
+
+static inline uint64_t acp_await(const uint64_t *from, uint64_t unset) {
+    if (*from == unset) {
+        fox_die("thread block %u waits for a later one", blockIdx.x);
+    }
+    return *from;
+}
+
 static inline void acp_load_matrices(uint32_t r[4], uint32_t address) {
     emulated::load_matrices(r, address, false);
 }

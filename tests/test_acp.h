@@ -115,9 +115,6 @@ static void pruning_case_init(PruningCase *p, uint64_t seed) {
     } else {
         p->most = acp_norms_measured(&p->head);
         p->U = acp_bound(p->most, D);
-        if (seed % 2) { /* tight: nothing is known beforehand */
-            p->most.q = p->most.k = INFINITY;
-        }
     }
 }
 

@@ -198,7 +198,7 @@ template <int D>
 static void test_search(Tests *t, int T, bool weights) {
     const int H = 10;
     char what[100];
-    snprintf(what, sizeof what, "search, T %d D %d, norms %s", T, D, weights ? "known" : "unknown");
+    snprintf(what, sizeof what, "search, T %d D %d, norms %s", T, D, weights ? "known" : "measured");
     Case c = make_case(1, T, H, D, ACP_TIGHT, false, 0, (uint64_t)T);
     AcpNorms longest = {0, 0};
     for (int i = 0; i < T * H; i++) {
@@ -220,19 +220,20 @@ static void test_search(Tests *t, int T, bool weights) {
         longest.k = fmax(longest.k, sqrt(k2));
     }
     std::vector<float> wq((size_t)D, (float)(longest.q / sqrt(D))), wk((size_t)D, (float)(longest.k / sqrt(D)));
-    AcpNorms known = {longest.q * ACP_ROUNDING, longest.k}, unknown = {INFINITY, INFINITY};
+    AcpNorms known = {longest.q * ACP_ROUNDING, longest.k};
     int64_t bytes;
     int blocks = acp_num_blocks(&c.shape);
     AcpSaved saved = acp_saved(&c.shape, c.saved.data(), &bytes);
     AcpWork work = acp_work(&c.shape, c.work.data(), &bytes);
     AcpInputs in = {c.input(0), c.input(1), c.input(2), c.stride, T, H, blocks, H};
-    AcpRanges ranges = {ACP_TIGHT, T, H, D, blocks, acp_bound_scale(D, weights), c.shape.log_tolerance - log((double)T),
-                        weights ? wq.data() : NULL, weights ? wk.data() : NULL, true, NULL, NULL};
-    acp_run_scan<false>(&c.shape, {T, blocks, c.log_f.data(), NULL, saved, NULL, work.listed}, 0);
-    acp_find_ranges<D>(&c.shape, in, saved, work, ranges, 0);
+    AcpRanges ranges = acp_ranges(&c.shape, weights ? wq.data() : NULL, weights ? wk.data() : NULL, NULL);
+    acp_find_ranges<D>(&c.shape, in, {T, blocks, c.log_f.data(), NULL, saved, work, NULL}, ranges, 0);
     for (int h = 0; h < H; h++) {
         const int *first = saved.first + h * blocks;
-        check_ranges(t, c, what, h, weights ? known : unknown, first, saved.last + h * blocks);
+        AcpHead head = {T, D, NULL, NULL, D, NULL};
+        std::vector<float> q = input_of(c, h, 0), k = input_of(c, h, 1);
+        head.q = q.data(), head.k = k.data();
+        check_ranges(t, c, what, h, weights ? known : acp_norms_measured(&head), first, saved.last + h * blocks);
         printf("%s, head %d: %lld of %lld blocks skipped\n", what, h, (long long)acp_skipped_blocks(blocks, first),
                (long long)acp_causal_blocks(T, ACP_BLOCK, ACP_BLOCK));
     }
