@@ -559,24 +559,33 @@ struct AcpOrder {
 /* A counting sort: every warp has one stretch of tiles, and a column of `place`: how many of its tiles have a level,
  * then where the next of them goes. grid (3), 1024 threads */
 static __global__ void __launch_bounds__(1024) acp_order_kernel(const __grid_constant__ AcpOrder o) {
-    enum { LEVELS = 64, WARPS = 32 };
+    enum { LEVELS = 64, WARPS = 32, AHEAD = 4 };
     __shared__ int place[LEVELS][WARPS + 1], scratch[WARPS]; /* a word more: levels of a warp in different banks */
     int which = blockIdx.x, count = o.BH * o.tiles(which), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     int stretch = (count + 1023) / 1024 * 32, begin = warp * stretch, end = min(begin + stretch, count);
     /* Takes a place for every tile of this warp, in their order: use(tile, place). */
     auto take_places = [&](auto use) {
-        for (int i0 = begin; i0 < end; i0 += 32) {
-            int i = i0 + lane, level = i < end ? o.length(which, i) * LEVELS / o.blocks : -1;
-            unsigned same = __match_any_sync(0xffffffffu, level), before = same & ((1u << lane) - 1);
-            int at = level >= 0 ? place[level][warp] : 0;
-            __syncwarp();
-            if (level >= 0) {
-                use(i, at + __popc(before));
+        for (int i0 = begin; i0 < end; i0 += 32 * AHEAD) {
+            int levels[AHEAD];
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) { /* looked up together: all on their way before the first is waited for */
+                int i = i0 + 32 * a + lane, level = o.length(which, min(i, end - 1)) * LEVELS / o.blocks;
+                levels[a] = i < end ? level : -1;
             }
-            if (level >= 0 && before == 0) {
-                place[level][warp] = at + __popc(same);
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) {
+                int level = levels[a];
+                unsigned same = __match_any_sync(0xffffffffu, level), before = same & ((1u << lane) - 1);
+                int at = level >= 0 ? place[level][warp] : 0;
+                __syncwarp();
+                if (level >= 0) {
+                    use(i0 + 32 * a + lane, at + __popc(before));
+                }
+                if (level >= 0 && before == 0) {
+                    place[level][warp] = at + __popc(same);
+                }
+                __syncwarp();
             }
-            __syncwarp();
         }
     };
     place[warp][lane] = place[warp + 32][lane] = 0;
