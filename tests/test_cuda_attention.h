@@ -17,6 +17,7 @@ typedef struct AttentionCase {
     AcpShape shape;
     int gates;
     bool norms;  /* the bound comes from QK-norm weights, else it is measured */
+    bool large;  /* queries four times as long: logits may be so large that forward has to keep running maxima */
     bool packed; /* q, k and v are columns of one product */
     bool graph;  /* forward and backward are recorded in a CUDA graph, which then runs */
     uint64_t seed;
@@ -94,7 +95,7 @@ static void attention_fill(AttentionCase *a) {
     for (int n = 0; n < 4; n++) {
         float *x = FOX_NEW(float, N);
         for (int64_t i = 0; i < N; i++) {
-            x[i] = (float)fox_normal(a->seed + (uint64_t)n, (uint64_t)i);
+            x[i] = (float)((n == 0 && a->large ? 4 : 1) * fox_normal(a->seed + (uint64_t)n, (uint64_t)i));
         }
         for (int64_t row = 0; n < 2 && a->norms && row < N / D; row++) {
             float *head = x + row * D, scale = (float)(sqrt((double)D) / acp_norm(head, D));
@@ -268,9 +269,9 @@ static void attention_free_inputs(AttentionCase *a) {
 static void attention_name(const AttentionCase *a, char *name, size_t size) {
     static const char *const modes[] = {"off", "paper", "tight"};
     static const char *const gates[] = {"strong", "weak", "mixed", "reset", "spread", "half"};
-    snprintf(name, size, "attention B %d T %d H %d D %d, acp %s, gates %s%s%s%s", a->shape.B, a->shape.T, a->shape.H,
+    snprintf(name, size, "attention B %d T %d H %d D %d, acp %s, gates %s%s%s%s%s", a->shape.B, a->shape.T, a->shape.H,
              a->shape.D, modes[a->shape.mode], gates[a->gates], a->norms ? "" : ", measured bound",
-             a->packed ? ", packed" : "", a->shape.portable ? ", portable" : "");
+             a->large ? ", large" : "", a->packed ? ", packed" : "", a->shape.portable ? ", portable" : "");
 }
 
 /* ||a - ref|| / ||ref||, with `unit` an element as the smallest norm: at T = 1 the gradients of q and k are zero. */
@@ -433,6 +434,7 @@ static AttentionCase attention_case_of(int B, int T, int H, int D, AcpMode mode,
     a.gates = gates;
     a.seed = 1000003 * seed + (uint64_t)(T + D + B + H);
     a.norms = seed % 3 != 0;
+    a.large = seed % 6 == 0;
     a.packed = seed % 2 == 0;
     a.shape.shared_norm = seed % 5 == 0;
     a.shape.portable = seed % 7 == 1 || seed % 7 == 2;
