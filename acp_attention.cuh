@@ -762,8 +762,8 @@ static void acp_find_ranges(const AcpShape *shape, const AcpInputs &in, const Ac
     acp_launch(early, acp_sum_gates_kernel<D>, dim3(chunks + tight, heads), 256, 0, stream, scan, in, ranges);
     if (tight) {
         float log_budget = (float)(shape->log_tolerance - 0.02); /* the same allowance for float32 as in cpu/acp.h */
-        acp_launch(early, acp_search_kernel<D>, acp_staying(in.BH * in.blocks, acp_searching<D>()), 128, acp_search_shared<D>(),
-                   stream, in, saved, work, log_budget);
+        acp_launch(early, acp_search_kernel<D>, acp_staying(in.BH * in.blocks, acp_searching<D>()), 128,
+                   sizeof(AcpSearchShared<D>), stream, in, saved, work, log_budget);
     }
     acp_launch(early, acp_ranges_kernel, heads, 256, (size_t)in.blocks * ACP_RANGES_SHARED, stream, ranges, saved, work);
 }

@@ -250,6 +250,15 @@ static inline int __any_sync(unsigned, int x) {
     return any;
 }
 
+static inline unsigned __ballot_sync(unsigned, int x) {
+    unsigned lanes = 0;
+    auto all = emulated::gather(x);
+    for (int i = 0; i < emulated::WARP; i++) {
+        lanes |= (unsigned)(all.of[i] != 0) << i;
+    }
+    return lanes;
+}
+
 static inline unsigned __match_any_sync(unsigned, int x) {
     unsigned same = 0;
     auto all = emulated::gather(x);
@@ -261,6 +270,10 @@ static inline unsigned __match_any_sync(unsigned, int x) {
 
 static inline int __popc(unsigned x) {
     return __builtin_popcount(x);
+}
+
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
 }
 
 static inline unsigned __reduce_add_sync(unsigned, unsigned x) {
