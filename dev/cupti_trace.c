@@ -7,7 +7,8 @@
  * whose name contains $CUPTI_TRACE_STEP ("adamw_kernel"); such kernels with at most STEP_GAP others between them belong
  * to one step. What is summed up begins where step $CUPTI_TRACE_SKIP (0) ends and ends where the last step does. At
  * exit the file gets, as JSON, the number of steps, the length of that span, the time in it during which the GPU did
- * anything (overlaps count once), and for every name the calls, the time and the bytes (of copies and fills).
+ * anything, and for every name the calls, the time and the bytes (of copies and fills). A moment in which several run
+ * counts once, for the one that began first: kernels that start early, to wait for the one before, have only what they add.
  *
  * With CUPTI_TRACE_SWITCH=FILE nothing is traced before FILE is there: until then CUPTI is not even called, and the
  * program runs as without this library. FILE is removed as soon as tracing has begun (or failed to), and steps count from
@@ -181,9 +182,10 @@ static void sum_up(uint64_t begin, uint64_t end, double *busy) {
         Name *name = &trace.names[e->name];
         name->calls++;
         name->bytes += e->bytes;
-        name->ns += (double)(e->end - e->start);
-        if (e->end > reached) {
-            *busy += (double)(e->end - (e->start > reached ? e->start : reached));
+        if (e->end > reached) { /* what lies before began earlier, and has this time already */
+            double ns = (double)(e->end - (e->start > reached ? e->start : reached));
+            name->ns += ns;
+            *busy += ns;
             reached = e->end;
         }
     }

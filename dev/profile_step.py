@@ -11,8 +11,8 @@ first steps (--warmup) are left out. Without --init the weights are untrained wi
 in every comparison of speed, and the tokens random; the learning rate is too small to change them.
 
 The table: ms a step, share of the span, calls a step. The span goes from the end of one step to the end of another one,
-so the shares and `idle` add up to 100% where no two kernels run at once (where they do, to more). Tracing itself adds
-a little time between kernels: tokens/s is for comparison with the program alone.
+and a moment in which several kernels run counts for the one that began first, so the shares and `idle` add up to 100%.
+Tracing itself adds a little time between kernels: tokens/s is for comparison with the program alone.
 
 Where CUPTI does not work (no permission to trace), --ncu times the kernels by Nsight Compute instead: slowly, one by
 one, and without idle time.

@@ -9,8 +9,8 @@ The weights decide what is pruned, so the table says which they are:
   gates       (default) untrained weights with the gates of dev/impose_gates.py, spread as in a trained model; random tokens
   checkpoint  --checkpoint DIR, with --data: a trained model on real tokens; --models then only names it
 
-Columns. Speed-up: over `off` of the same program. Attention: its share of the step's GPU time, by dev/profile_step.py in further steps
-of the same run, which count in no time; "-" where CUPTI cannot trace. Saved: fraction of the blocks of causal attention, so of its
+Columns. Speed-up: over `off` of the same program. Attention: its share of the time in which the GPU did anything, by
+dev/profile_step.py in further steps of the same run, which count in no time; "-" where CUPTI cannot trace. Saved: fraction of the blocks of causal attention, so of its
 floating-point operations, that is skipped. Memory: of the GPU. With --official DIR (a clone of the official repository; needs PyTorch)
 that program is timed too, after ours, in one process a model; --profile-official also finds its attention's share, which takes a
 minute each.
@@ -113,10 +113,10 @@ def time_ours(args, folder, model, T, acp, traced):
 
 
 def share_of(profile):
-    """Attention's share of a profiled step, and of each part."""
-    whole = profile["step_ms"]
-    parts = {name: group["ms"] / whole for name, group in profile["groups"].items() if name.startswith("attention")}
-    return dict(attention_share=sum(parts.values()), attention_parts=parts, profile_step_ms=whole)
+    """Attention's share, and that of each part, of the time in which the GPU did anything in a profiled step."""
+    busy = profile["step_ms"] - profile["idle_ms"]
+    parts = {name: group["ms"] / busy for name, group in profile["groups"].items() if name.startswith("attention")}
+    return dict(attention_share=sum(parts.values()), attention_parts=parts, profile_step_ms=profile["step_ms"], profile_busy_ms=busy)
 
 
 # ---- the official program

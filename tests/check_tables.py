@@ -160,7 +160,7 @@ with open(out / "metrics.jsonl", "w") as metrics:
 if begun:
     seen = step - begun - int(os.environ["CUPTI_TRACE_SKIP"])
     kernels = [dict(name=name, calls=1, ms=ms * seen, bytes=0) for name, ms in (("acp_forward", 1), ("acp_dq", 2), ("gemm", 5))]
-    trace = dict(steps=seen, span_ms=8 * seen, busy_ms=7 * seen, dropped=0, kernels=kernels)
+    trace = dict(steps=seen, span_ms=10 * seen, busy_ms=8 * seen, dropped=0, kernels=kernels)
     pathlib.Path(os.environ["CUPTI_TRACE_OUT"]).write_text(json.dumps(trace))
 print("stopped")
 """
@@ -185,8 +185,9 @@ def check_traced_run(t, folder):
         t.equal(found, why, f"{what}: why there is no profile")
         times = [row[key] for key in ("step_ms", "fastest_ms", "slowest_ms", "steps", "memory_bytes", "device")]
         t.equal(times, [3, 1, 5, 5, 6, device], f"{what}: only what was not traced is timed")
-        traced = (0.375, {"attention forward": 0.125, "attention dQ": 0.25}, 8) if answer == begins else (None, None, None)
-        t.equal(tuple(row.get(k) for k in ("attention_share", "attention_parts", "profile_step_ms")), traced, f"{what}: shares")
+        traced = (0.375, {"attention forward": 0.125, "attention dQ": 0.25}, 10, 8) if answer == begins else (None,) * 4
+        shares = ("attention_share", "attention_parts", "profile_step_ms", "profile_busy_ms")
+        t.equal(tuple(row.get(k) for k in shares), traced, f"{what}: shares")
         t.check(not (folder / "run").exists(), f"{what}: nothing stays")
     values.train_fox.write_text("#!/bin/sh\necho 'needs 90 GiB of GPU memory'; exit 1\n")
     row, found = throughput.time_ours(values, folder, "name", 256, "paper", True)
