@@ -152,12 +152,25 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
     return w;
 }
 
-/* The first words of a kernel that is launched early (see acp_launch): the next kernel's thread blocks may take their
- * places, and this one waits until all that came before it in the stream is done. */
-static __device__ __forceinline__ void acp_begin(void) {
+/* A kernel that is launched early (see acp_launch) lets the next kernel's thread blocks take their places, as soon as one thread
+ * of each of its own has said so, */
+static __device__ __forceinline__ void acp_let_next_begin(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+/* and waits until all that came before it in the stream is done. */
+static __device__ __forceinline__ void acp_await_earlier(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* The first words of most of them. */
+static __device__ __forceinline__ void acp_begin(void) {
+    acp_let_next_begin();
+    acp_await_earlier();
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -244,9 +257,6 @@ static __device__ __forceinline__ void acp_scan_chunk(const AcpScan &s) {
     int64_t bh = blockIdx.y;
     int e0 = blockIdx.x * ACP_CHUNK, tid = threadIdx.x;
     double own = 0;
-    if (!BACKWARD && blockIdx.x == 0 && bh == 0 && tid == 0) {
-        *s.work.ticket = 0;
-    }
 #pragma unroll
     for (int i = tid; i < ACP_CHUNK; i += 256) {
         value(i) = acp_scan_value<BACKWARD>(s, bh, e0 + i);
@@ -424,10 +434,18 @@ static __device__ __forceinline__ float2 acp_largest_norms(const AcpRanges &r, c
 #include "cuda/tight_search.cuh"
 
 /* What the ranges follow from: sums of gates, and for `tight` what is known of heads. grid (chunks and, for `tight`, one more;
- * BH), 256 threads */
+ * BH), 256 threads. The search, when it begins, may rely on all before this kernel, and on tickets from 0 on. */
 template <int D>
 static __global__ void __launch_bounds__(256) acp_sum_gates_kernel(AcpScan s, AcpInputs in, AcpRanges r) {
-    acp_begin();
+    acp_await_earlier();
+    if (blockIdx.x == 0 && blockIdx.y == 0) {
+        if (threadIdx.x == 0) {
+            *s.work.ticket = 0;
+            __threadfence();
+        }
+        __syncthreads();
+    }
+    acp_let_next_begin();
     if ((int)blockIdx.x * ACP_CHUNK < s.T) {
         acp_scan_chunk<false>(s);
     } else {

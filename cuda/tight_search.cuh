@@ -109,6 +109,17 @@ static constexpr int acp_searching(void) {
     return D == 64 ? 6 : 3;
 }
 
+/* Sends for the keys of the block that a ticket stands for, and for its queries. */
+template <int D>
+static __device__ __forceinline__ void acp_load_block(AcpSearchShared<D> &shared, const AcpInputs &in, int item, bool queries) {
+    int start = item / in.BH * ACP_BLOCK;
+    int64_t row = acp_row<D>(item % in.BH, start, in.T, in.H, in.stride);
+    acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.k), in.k + row, in.stride, in.T - start);
+    if (queries) {
+        acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + row, in.stride, in.T - start);
+    }
+}
+
 /* This thread's row: |k|^2, q.k and |q|^2; the last two if `searched`. */
 template <int D>
 static __device__ __forceinline__ float3 acp_row_products(const AcpSearchShared<D> &shared, bool searched) {
@@ -330,22 +341,25 @@ static __global__ void __launch_bounds__(128, acp_searching<D>()) acp_search_ker
     AcpSearchShared<D> &shared = *reinterpret_cast<AcpSearchShared<D> *>(memory);
     enum { TAKER = 96 }; /* the thread that takes tickets: its warp has the least to do */
     const float scale = rsqrtf((float)D);
-    int tid = threadIdx.x;
-    acp_begin();
+    int tid = threadIdx.x, count = in.BH * in.blocks;
+    acp_let_next_begin();
     if (tid == TAKER) {
         shared.ticket = (int)atomicAdd(work.ticket, 1u);
     }
     shared.parts[2][tid] = 0;
     __syncthreads();
-    for (int item = shared.ticket; item < in.BH * in.blocks; item = shared.ticket) {
+    int item = shared.ticket;
+    if (item < count) { /* to be on its way while sums of gates are made, whether it will be needed or not */
+        acp_load_block<D>(shared, in, item, true);
+    }
+    acp_await_earlier();
+    for (bool loaded = true; item < count; item = shared.ticket, loaded = false) {
         int m = item / in.BH, bh = item % in.BH, start = m * ACP_BLOCK, ticket = 0;
         AcpSearchHead head = {work.edges + (int64_t)bh * in.blocks, work.threshold[bh], work.key_stats + (int64_t)bh * in.blocks};
         float *means = work.key_means + (int64_t)bh * in.blocks * D;
-        int64_t row = acp_row<D>(bh, start, in.T, in.H, in.stride);
         bool searched = head.is_searched(m), needed = false;
-        if (searched) {
-            acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.k), in.k + row, in.stride, in.T - start);
-            acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.q), in.q + row, in.stride, in.T - start);
+        if (searched && !loaded) {
+            acp_load_block<D>(shared, in, item, true);
         }
         for (int n = m + 1 + tid; n < in.blocks && !needed; n += 128) {
             needed = head.is_searched(n);
@@ -359,8 +373,8 @@ static __global__ void __launch_bounds__(128, acp_searching<D>()) acp_search_ker
                 work.first_raw[bh * in.blocks + m] = alone ? m : m - 1;
             }
             needed = __syncthreads_or(needed);
-            if (needed) {
-                acp_load_tile<D, ACP_BLOCK, 128>(acp_shared(shared.k), in.k + row, in.stride, in.T - start);
+            if (needed && !loaded) {
+                acp_load_block<D>(shared, in, item, false);
             }
         }
         if (searched || needed) {
@@ -412,6 +426,7 @@ static __global__ void __launch_bounds__(128, acp_searching<D>()) acp_search_ker
         if (tid == TAKER) {
             shared.ticket = ticket;
         }
+        acp_copies_done(); /* even if nobody needed them */
         __syncthreads();
     }
 }

@@ -212,6 +212,9 @@ static inline void __syncthreads(void) {
     emulated::meet(&emulated::block->all, emulated::block->threads);
 }
 
+static inline void __threadfence(void) {
+}
+
 static inline int __syncthreads_or(int x) {
     static int any;
     __syncthreads();
