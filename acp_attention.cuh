@@ -77,7 +77,7 @@ typedef struct AcpSaved {
     float *lift;  /* [BH, padded], log2(e) * (c at the block's first row - c_t); 0 beyond T */
     int *first;   /* [BH, blocks], first key block of each query block */
     int *last;    /* [BH, blocks], last query block of each key block */
-    float *bound; /* [BH], on |s_ij|; infinite where it is not known */
+    float *bound; /* [BH], on |s_ij| */
     /* [BH * blocks] each, the longest first: row * tiles + tile; of queries (forward), of keys, of queries (dQ) */
     int *order[3];
     unsigned *next; /* [3], of each order: how far thread blocks that stay have come; 0 between launches */
@@ -153,7 +153,7 @@ static inline AcpWork acp_work(const AcpShape *shape, void *memory, int64_t *byt
 }
 
 /* A kernel that is launched early (see acp_launch) lets the next kernel's thread blocks take their places, as soon as one thread
- * of each of its own has said so, */
+ * of each of its own has said so or has ended, */
 static __device__ __forceinline__ void acp_let_next_begin(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -675,8 +675,8 @@ static __device__ __forceinline__ float acp_weight(float s, float scale, float o
 
 #include "cuda/hopper_backward.cuh"
 
-/* Launches a kernel. early: it begins with acp_begin(), and its thread blocks may take their places while the kernel
- * before it still runs, which hides what a launch costs. Where all kernels of attention are short, that is much of
+/* Launches a kernel. early: it calls acp_await_earlier() before it touches what earlier ones write, and its thread blocks may
+ * take their places while the kernel before it still runs, which hides what a launch costs. Where all kernels of attention are short, that is much of
  * their time. */
 template <typename... Parameters, typename... Args>
 static void acp_launch(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,

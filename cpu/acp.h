@@ -118,7 +118,7 @@ static inline void acp_first_blocks_paper(int T, const double *c, double delta, 
 }
 
 static inline double acp_log_add(double a, double b) {
-    double high = fmax(a, b), low = fmin(a, b);
+    double high = a > b ? a : b, low = a > b ? b : a; /* one of them may be no number: then the sum is none */
     return low == -INFINITY ? high : high + log1p(exp(low - high));
 }
 
@@ -172,11 +172,12 @@ static inline void acp_key_blocks(const AcpHead *head, const float *k, double mo
         for (int j = start; j <= last; j++) {
             double w = exp(head->c[last] - head->c[j]);
             W += w;
-            sum += norm[j - start] < longest ? w * exp(a * (norm[j - start] - longest)) : w;
+            sum += norm[j - start] == longest ? w : w * exp(a * (norm[j - start] - longest));
         }
+        double mean = sum / W < 1e-30 ? 1e-30 : sum / W; /* float32 on the GPU has no smaller one */
         blocks[n].cl = head->c[last];
         blocks[n].log_mass = log(W);
-        blocks[n].norm = longest + log(fmax(sum / W, 1e-30)) / a; /* float32 on the GPU has no smaller mean */
+        blocks[n].norm = longest + log(mean) / a;
     }
     free(norm);
 }
@@ -205,7 +206,8 @@ static inline void acp_query_blocks(const AcpHead *head, const float *k, int blo
             if (mass > 0) {
                 L = acp_log_add(L, head->c[i] - before + log(mass) + scale * acp_dot(q, mean, D));
             }
-            block->near = fmax(block->near, head->c[i] - C - L + scale * norm * block->K0);
+            double near = head->c[i] - C - L + scale * norm * block->K0;
+            block->near = isnan(near) ? INFINITY : fmax(block->near, near); /* what is not a number keeps all */
             block->most = fmax(block->most, norm);
             block->least = fmin(block->least, norm);
         }

@@ -1,6 +1,6 @@
 /* `tight`: which key blocks each query block can do without. cpu/acp.h has the same test in double precision.
  *
- * Of a head, before its rows are read (acp_describe_head, beside the sums of gates): the centre of its keys, without which
+ * Of a head, before all its rows are read (acp_describe_head, beside the sums of gates): the centre of its keys, without which
  * they are meant below (it adds the same to all logits of a row, so no p_ij changes); the longest query that there can be; the
  * threshold of the paper's test. Where that test alone leaves no more than a query block's own keys and the block before them,
  * there is hardly anything to gain: such a block is not searched, and keys that no searched block needs are not read.
@@ -15,15 +15,16 @@
  * Of a query block m: L_i is the sum, in logarithms, of the row's own key and of its history, all keys before the block. By
  * Jensen's inequality again these weigh at least
  *     exp(c_i - c_b) V exp(q_i.h / sqrt(D)),    V = sum_n exp(c_b - cl_n) W_n,  h = sum_n exp(c_b - cl_n) W_n kbar_n / V,
- * where c_b is c at the row before the block; leaving out blocks of less than e^-25 of a key's weight only makes it smaller.
+ * where c_b is c at the row before the block; leaving out blocks of about e^-25 of a key's weight only makes it smaller.
  * The worst row differs from K to K. It is known at K0, that of the block before, and from there |q_i| K changes by at most
  * (K - K0) Q, where Q is the largest |q_i| upwards and the smallest downwards:
  *     near = max_i (rho_i + |q_i| K0 / sqrt(D)),    x_mn = near + (K_n - K0) Q / sqrt(D) + (C - cl_n) + log W_n.
  * The longest prefix of key blocks with sum_n exp(x_mn) <= eps is given up.
  *
  * One kernel reads every row once: a thread block describes the keys of its block for the later ones, then waits until all
- * earlier ones of its head are described. Blocks are taken in order, with tickets, and described before anything is waited for:
- * whoever waits, waits for thread blocks that run and that wait, if at all, for still earlier ones. The first always goes on. */
+ * earlier ones of its head are described. Blocks are taken in order, with tickets, and described before anything is waited for;
+ * the ticket of the next is taken when nothing is left to wait for. So of all blocks taken and not yet done, the first goes on in
+ * any case, and whoever waits, waits for blocks that are taken. */
 #ifndef FOX_TIGHT_SEARCH_CUH
 #define FOX_TIGHT_SEARCH_CUH
 
@@ -195,7 +196,7 @@ static __device__ __forceinline__ void acp_describe_keys(AcpSearchShared<D> &sha
                                                          float most_q, float *means) {
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const float a = fmaxf(most_q * rsqrtf((float)D), 1e-6f), w = shared.weight[tid];
-    float longest = warp_max(norm), grown = warp_sum(norm < longest ? w * __expf(a * (norm - longest)) : w);
+    float longest = warp_max(norm), grown = warp_sum(norm == longest ? w : w * __expf(a * (norm - longest)));
     const float *four = &shared.weight[4 * lane];
     float W = warp_sum((four[0] + four[1]) + (four[2] + four[3]));
     if (lane == 0) {
@@ -210,9 +211,10 @@ static __device__ __forceinline__ void acp_describe_keys(AcpSearchShared<D> &sha
         }
         for (int i = 0; i < 4; i++) {
             float2 of_warp = shared.grown[i];
-            sum += of_warp.x < longest ? of_warp.y * __expf(a * (of_warp.x - longest)) : of_warp.y;
+            sum += of_warp.x == longest ? of_warp.y : of_warp.y * __expf(a * (of_warp.x - longest));
         }
-        acp_publish(&head.stats[m], acp_pack_stats(logf(W), longest + logf(fmaxf(sum / W, 1e-30f)) / a));
+        float mean = sum / W;
+        acp_publish(&head.stats[m], acp_pack_stats(logf(W), longest + logf(mean < 1e-30f ? 1e-30f : mean) / a));
     }
 }
 
@@ -244,7 +246,7 @@ static __device__ __forceinline__ float acp_history(AcpSearchShared<D> &shared, 
         shared.share[tid] = weight;
         __syncthreads();
         if (!(last > 0)) {
-            continue; /* the blocks before weigh less still */
+            continue; /* the blocks before hardly weigh more */
         }
         last = shared.share[ACP_BLOCK - 1];
         for (int i0 = group; i0 < min(ACP_BLOCK, n0 + 1); i0 += AHEAD * GROUPS) {
@@ -349,7 +351,7 @@ static __global__ void __launch_bounds__(128, acp_searching<D>()) acp_search_ker
     shared.parts[2][tid] = 0;
     __syncthreads();
     int item = shared.ticket;
-    if (item < count) { /* to be on its way while sums of gates are made, whether it will be needed or not */
+    if (item < count) { /* to be on its way while sums of gates are made, whether it will be needed or not; only by way of L2 */
         acp_load_block<D>(shared, in, item, true);
     }
     acp_await_earlier();
@@ -380,10 +382,10 @@ static __global__ void __launch_bounds__(128, acp_searching<D>()) acp_search_ker
         if (searched || needed) {
             double c = saved.c[(int64_t)bh * in.T + min(start + tid, in.T - 1)];
             float w = __expf((float)(head.edges[m].y - c)), most_q = work.most_q[bh];
-            uint32_t upper = pack2(0.0f, w); /* the bits of a float, too */
-            shared.weight[tid] = w;
+            uint32_t upper = pack2(0.0f, w), lower = pack2(0.0f, w - __uint_as_float(upper)); /* the bits of floats, too */
+            shared.weight[tid] = __uint_as_float(upper) + __uint_as_float(lower);
             shared.parts[0][tid] = (uint16_t)(upper >> 16);
-            shared.parts[1][tid] = (uint16_t)(pack2(0.0f, w - __uint_as_float(upper)) >> 16);
+            shared.parts[1][tid] = (uint16_t)(lower >> 16);
             if (tid < D) {
                 shared.centre[tid] = work.centre[(int64_t)bh * D + tid];
             }
@@ -398,17 +400,18 @@ static __global__ void __launch_bounds__(128, acp_searching<D>()) acp_search_ker
                 float past = decay + (float)(head.edges[m].x - head.edges[m - 1].y);
                 past += acp_history<D>(shared, head, m, means);
                 past += scale * acp_row_history<D>(shared);
-                float log_Z = fmaxf(own, past) + __logf(1.0f + __expf(fminf(own, past) - fmaxf(own, past)));
+                bool more = own > past;
+                float high = more ? own : past, log_Z = high + __logf(1.0f + __expf((more ? past : own) - high));
                 float near = decay - log_Z + scale * norm * shared.nearest[0].y;
                 bool exists = start + tid < in.T;
-                near = warp_max(exists ? near : -INFINITY);
+                near = warp_max(!exists ? -INFINITY : near == near ? near : INFINITY); /* what is not a number keeps all */
                 float most = warp_max(exists ? norm : -INFINITY), least = warp_max(exists ? -norm : -INFINITY);
                 if (tid % 32 == 0) {
                     shared.rows[tid / 32] = make_float3(near, most, least);
                 }
                 __syncthreads();
                 if (tid == TAKER) {
-                    ticket = (int)atomicAdd(work.ticket, 1u); /* not before: later blocks wait for this thread block to take it up */
+                    ticket = (int)atomicAdd(work.ticket, 1u); /* only now: who holds a ticket no longer waits for others */
                 }
                 if (tid < 32) {
                     float3 rows = shared.rows[0];
