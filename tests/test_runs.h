@@ -49,6 +49,17 @@ static void test_run_resume(Tests *t, const RunFixture *f, const char *batch) {
     run_expect(t, f, "a step with another rate", run_wait(run_start(f, command, 2, 0)), 0);
     text = run_output(f, "stdout");
     check(t, strstr(text, "changed   steps: 21, was 20\n") != NULL && strstr(text, "changed   lr: 0.0625, was ") != NULL, "changed settings are said, found %s", text);
+    check(t, strstr(text, "recipe    learning rate 0.0625 to ") != NULL && strstr(text, "nothing ") == NULL, "the recipe is said, found %s", text);
+    free(text);
+    run_hash(f, hash);
+
+    snprintf(more, sizeof more, "-x 15 -n 10 %s -y", batch);
+    run_train_command(f, "whole", more, command);
+    run_expect(t, f, "fewer steps than there are", run_wait(run_start(f, command, 2, 0)), 0);
+    text = run_output(f, "stdout");
+    run_hash(f, resumed);
+    check(t, strstr(text, "nothing   is left to do up to step 15; a larger -x goes on\n") != NULL && strcmp(hash, resumed) == 0,
+          "a run that is beyond its end stays as it is, found %s", text);
     free(text);
 }
 

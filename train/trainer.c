@@ -494,9 +494,15 @@ static void print_plan(Trainer *t) {
     metrics_say(m, "run       %lld steps of %lld tokens: %d x %lld sequences on %d rank%s", (long long)o->steps,
                 (long long)o->batch_tokens, t->micro_batches, (long long)o->micro_batch, t->ranks.size,
                 t->ranks.size == 1 ? "" : "s");
+    metrics_say(m, "recipe    learning rate %g to %g, warm-up over %lld tokens; weight decay %g, clipping %g, seed %lld",
+                o->learning_rate, o->final_lr, (long long)o->warmup_tokens, o->weight_decay, o->grad_clip,
+                (long long)o->seed);
     if (t->resume_dir[0]) {
         metrics_say(m, "resumes   %s at step %lld", t->resume_dir, (long long)t->state.step);
         say_changes(t);
+        if (t->state.step >= o->steps) {
+            metrics_say(m, "nothing   is left to do up to step %lld; a larger -x goes on", (long long)o->steps);
+        }
     } else if (o->resume) {
         metrics_say(m, "resumes   nothing: no checkpoint in %s yet, a new run begins", o->out);
     }
@@ -863,9 +869,10 @@ bool trainer_finish(Trainer *t, bool ok, FoxError *err) {
                         err);
     }
     if (ok && saved) {
-        metrics_say(&t->metrics, "%s at step %lld of %lld, %lld tokens; parameter hash %016llx",
-                    t->state.step < t->options.steps ? "stopped" : "done", (long long)t->state.step,
-                    (long long)t->options.steps, (long long)t->state.tokens, (unsigned long long)hash);
+        bool done = t->state.step >= t->options.steps;
+        metrics_say(&t->metrics, "%s at step %lld of %lld, %lld tokens; parameter hash %016llx", done ? "done" : "stopped",
+                    (long long)t->state.step, (long long)(done ? t->state.step : t->options.steps), (long long)t->state.tokens,
+                    (unsigned long long)hash);
     }
     return ok && saved;
 }
