@@ -11,7 +11,7 @@
 #   tokens   $TOKENS (100.1e6) a run: 763 steps of 131,072; about 1e17 floating-point operations each
 #   recipe   AdamW, peak rate 3e-4, 128 steps of warm-up, cosine to 0. Where the rate is much larger, or at its peak while the loss
 #            leaves its first plateau (32 steps), runs that differ in rounding alone drift apart, at worst as much as seeds do
-#   time     tokens / (tokens/s of the machine): an H100 trained at 522,142 tokens/s with `paper`, at 234,394 without pruning
+#   time     tokens / (tokens/s of the machine): an H100 trained at 525,933 tokens/s with `paper`, at 234,394 without pruning
 #            (docs/results/training.md), which is 3.2 and 7.1 minutes a run
 #
 # Needs an NVIDIA GPU, or --device cpu, and a folder of shards of GPT-2's tokens with *train*.bin and *val*.bin, enough for one pass
