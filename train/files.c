@@ -102,6 +102,12 @@ bool file_close(FILE *file, const char *path, FoxError *err) {
     return end_file(file, path, false, err);
 }
 
+bool path_join(char path[PATH_SIZE], const char *directory, const char *name, FoxError *err) {
+    int length = snprintf(path, PATH_SIZE, "%s/%s", directory, name);
+    return (length >= 0 && length < PATH_SIZE) ||
+           fox_fail(err, "%.64s...: the path is longer than %d bytes", directory, PATH_SIZE - 1);
+}
+
 bool is_directory(const char *path) {
     struct stat info;
     return stat(path, &info) == 0 && S_ISDIR(info.st_mode);

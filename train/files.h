@@ -17,6 +17,11 @@ bool file_finish(FILE *file, const char *path, FoxError *);
 /* The same without syncing: for a file that others write on, and sync. */
 bool file_close(FILE *file, const char *path, FoxError *);
 
+enum { PATH_SIZE = 1024 };
+
+/* directory/name. Fails when that is longer than PATH_SIZE - 1 bytes. */
+bool path_join(char path[PATH_SIZE], const char *directory, const char *name, FoxError *);
+
 /* Whether a directory, or a link to one, is there. */
 bool is_directory(const char *path);
 
