@@ -344,24 +344,15 @@ static __device__ __forceinline__ float acp_dot8(const float a[8], const float b
     return sum;
 }
 
-/* `combine` of what the four warps of a block have found, in their order; scratch: [4]. */
-template <typename Combine>
-static __device__ __forceinline__ float acp_of_warps(float x, float *scratch, Combine combine) {
+/* Largest value of a block of 128 threads; scratch: [4]. */
+static __device__ __forceinline__ float acp_block_max(float x, float *scratch) {
+    x = warp_max(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) {
         scratch[threadIdx.x / 32] = x;
     }
     __syncthreads();
-    return combine(combine(combine(scratch[0], scratch[1]), scratch[2]), scratch[3]);
-}
-
-/* Largest value, and sum, over a block of 128 threads. */
-static __device__ __forceinline__ float acp_block_max(float x, float *scratch) {
-    return acp_of_warps(warp_max(x), scratch, [](float a, float b) { return fmaxf(a, b); });
-}
-
-static __device__ __forceinline__ float acp_block_sum(float x, float *scratch) {
-    return acp_of_warps(warp_sum(x), scratch, AcpAdd());
+    return fmaxf(fmaxf(fmaxf(scratch[0], scratch[1]), scratch[2]), scratch[3]);
 }
 
 /* Largest norms of each block. grid (blocks, BH), 128 threads; reads Q and K once. */

@@ -10,10 +10,10 @@ The weights decide what is pruned, so the table says which they are:
   checkpoint  --checkpoint DIR, with --data: a trained model on real tokens; --models then only names it
 
 Columns. Speed-up: over `off` of the same program. Attention: its share of the time in which the GPU did anything, by
-dev/profile_step.py in further steps of the same run, which count in no time; "-" where CUPTI cannot trace. Saved: fraction of the blocks of causal attention, so of its
-floating-point operations, that is skipped. Memory: of the GPU. With --official DIR (a clone of the official repository; needs PyTorch)
-that program is timed too, after ours, in one process a model; --profile-official also finds its attention's share, which takes a
-minute each.
+dev/profile_step.py in further steps of the same run, which count in no time; "-" where CUPTI cannot trace. Saved: fraction of
+the blocks of causal attention, so of its floating-point operations, that is skipped. Memory: of the GPU. With --official DIR
+(a clone of the official repository; needs PyTorch) that program is timed too, after ours, in one process a model;
+--profile-official also finds its attention's share, which takes a minute each.
 
 --out PREFIX writes PREFIX.json, PREFIX.txt, PREFIX.png. --merge FILE... takes over earlier results, so that a table can be made in
 several calls; rows of the same program, model, context, pruning and weights are replaced.

@@ -300,18 +300,6 @@ static Value atomicAdd(Value *p, Value x) {
     return old;
 }
 
-static inline int atomicMax(int *p, int x) {
-    int old = *p;
-    *p = x > old ? x : old;
-    return old;
-}
-
-static inline int atomicMin(int *p, int x) {
-    int old = *p;
-    *p = x < old ? x : old;
-    return old;
-}
-
 /* the C library has functions of its own by these names */
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
