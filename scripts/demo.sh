@@ -5,7 +5,7 @@
 #   model    fox-pro-tiny: 1.2M parameters, 4 layers, 2 heads of 64
 #   tokens   0.65M (280 + 40 steps of 2,048), about 5e12 floating-point operations
 #   time     about 2 minutes on two idle cores. A slower machine is stopped (SIGTERM: the step is finished and saved) and
-#            goes on from where it stands, so that building and training stay below 4
+#            goes on from where it stands for a seventh of the steps that it had, so that building and training stay below 4
 #
 # Everything is below demo/: data/ the shards, run/ the checkpoints and metrics.jsonl.
 set -e
@@ -29,9 +29,10 @@ echo '== 2. Train 280 steps. A loss of 5.55 is guessing among 257 bytes'
 train 130 -x 280
 
 done_steps=$(ls demo/run | sed -n 's/^step_0*//p')
+more=$(((done_steps + 6) / 7))
 echo
-echo "== 3. Go on from the checkpoint of step $done_steps for 40 steps"
-train 40 -x $((done_steps + 40)) -y
+echo "== 3. Go on from the checkpoint of step $done_steps for $more steps"
+train 60 -x $((done_steps + more)) -y
 
 echo
 echo "== Done in $(($(date +%s) - started)) s. demo/run/metrics.jsonl has every step; the official PyTorch model loads"
