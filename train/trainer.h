@@ -1,4 +1,4 @@
-/* A training run, as the calls that main() strings together.
+/* A training run, as the calls that main() strings together. trainer_open.c has the start, trainer.c the rest.
  *
  *     start:  options -> shards -> model -> back end, weights -> output folder
  *     a step: forward_backward x micro_batches, update, then what is due: validate, report, sample, save
@@ -100,5 +100,9 @@ bool trainer_finish(Trainer *, bool ok, FoxError *);
 
 /* Prints the error, if any is this rank's to print, frees everything, leaves MPI. Returns the exit code. */
 int trainer_close(Trainer *, bool ok, const FoxError *);
+
+/* Of this module alone: says how long another rank may give no sign of life. The start and the first step take what no other step
+ * takes; the second has as much time, and shows how long pauses usually are. */
+void trainer_set_patience(const Trainer *);
 
 #endif
