@@ -137,6 +137,31 @@ static void test_run_samples(Tests *t, const RunFixture *f) {
           "samples do not change a run: hashes %s, %s, %s", hash[0], hash[1], hash[2]);
 }
 
+/* ---- presets */
+
+static void run_expect_error(Tests *t, const RunFixture *f, const char *what, const char *command, const char *words) {
+    int code = run_command(f, command);
+    char *text = run_output(f, "stderr");
+    check(t, code == 1 && strstr(text, words) != NULL, "%s: expected code 1 and '%s', found code %d: %s", what, words, code, text);
+    free(text);
+}
+
+/* A run of a preset goes on where config.json gives the same model, and in no other. */
+static void test_run_preset(Tests *t, const RunFixture *f) {
+    static const char *const eps[] = {"9.999999974752427e-07", "1e-5"}; /* the first is 1e-6 as a float */
+    char command[4096], edit[2048];
+    for (int i = 0; i < 2; i++) {
+        snprintf(command, sizeof command, "%s -i bytes -o preset -e fox-pro-tiny -T 32 -b 2 -d 64 -x %d -n 1 -v 0 -y", f->program, 1 + i);
+        run_expect(t, f, "a run of a preset", run_command(f, command), 0);
+        snprintf(edit, sizeof edit, "sed -i.was s/1e-06/%s/ %s/preset/step_%08d/config.json", eps[i], f->root, 1 + i);
+        run_expect(t, f, "another config.json", run_command(f, edit), 0);
+        snprintf(command, sizeof command, "grep -q norm_eps.*%s %s/preset/step_%08d/config.json", eps[i], f->root, 1 + i);
+        run_expect(t, f, "an epsilon of 1e-6 is written as such", run_command(f, command), 0);
+    }
+    snprintf(command, sizeof command, "%s -i bytes -o preset -e fox-pro-tiny -T 32 -b 2 -d 64 -x 3 -n 1 -v 0 -y", f->program);
+    run_expect_error(t, f, "resume with another epsilon", command, "is not a fox-pro-tiny");
+}
+
 /* ---- signals */
 
 /* Kills a run that checkpoints at every step, again and again, at random moments: it always resumes, and every run that
@@ -443,13 +468,6 @@ static void run_damage(Tests *t, const RunFixture *f, const char *name, long bef
     }
 }
 
-static void run_expect_error(Tests *t, const RunFixture *f, const char *what, const char *command, const char *words) {
-    int code = run_command(f, command);
-    char *text = run_output(f, "stderr");
-    check(t, code == 1 && strstr(text, words) != NULL, "%s: expected code 1 and '%s', found code %d: %s", what, words, code, text);
-    free(text);
-}
-
 /* What would be lost without a word: moments that changed on the disk, weights that did, records of an earlier run, and a
  * folder that two runs write into. */
 static void test_run_nothing_lost(Tests *t, const RunFixture *f) {
@@ -509,6 +527,7 @@ static void test_runs(Tests *t) {
     test_run_resume(t, &f, "-b 1"); // four micro-batches a step
     test_run_speed(t, &f);
     test_run_samples(t, &f);
+    test_run_preset(t, &f);
     test_run_kill(t, &f);
     test_run_stop(t, &f, SIGTERM);
     test_run_stop(t, &f, SIGINT);

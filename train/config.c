@@ -63,7 +63,7 @@ FoxConfig fox_preset_config(const FoxPreset *preset, int vocab_size) {
     c.use_rope = !preset->fox;
     c.use_output_gate = c.use_output_norm = c.qk_norm = c.use_k_shift = c.use_v_shift = preset->pro;
     c.rope_base = 500000.0f;
-    c.norm_eps = 1e-6f;
+    c.norm_eps = 1e-6;
     return c;
 }
 

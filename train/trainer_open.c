@@ -18,10 +18,13 @@ static char *options_json(const Options *options) {
     return json_text_end(&text);
 }
 
+/* Of numbers as layers compute with them: a float of 1e-6 may once have been written in full, as 9.999999974752427e-07. */
 static char *config_json(const FoxConfig *config) {
+    FoxConfig as_computed = *config;
     JsonText text;
+    as_computed.norm_eps = (double)(float)config->norm_eps;
     json_text_begin(&text);
-    checkpoint_write_config(text.stream, config, (double)NAN);
+    checkpoint_write_config(text.stream, &as_computed, (double)NAN);
     return json_text_end(&text);
 }
 
