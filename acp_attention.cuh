@@ -44,7 +44,8 @@
  * delta by the row sum it finds: for acp_dkdv_kernel, which rebuilds P and dP in float32, row sums are then zero to
  * float32 rounding, and dc is minus the column sums.
  *
- * Those kernels stand in cuda/portable_attention.cuh, for every chip from sm_80 on, and in cuda/hopper_forward.cuh and
+ * c is summed up in cuda/gate_sums.cuh, `tight` searches in cuda/tight_search.cuh, tiles are put in order in cuda/tile_order.cuh.
+ * The kernels above stand in cuda/portable_attention.cuh, for every chip from sm_80 on, and in cuda/hopper_forward.cuh and
  * hopper_backward.cuh (other tiles, the same pairs), chosen in acp_on_hopper. Outputs are the same bits in every run:
  * no sum depends on the order of thread blocks. */
 #ifndef ACP_ATTENTION_CUH

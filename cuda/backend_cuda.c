@@ -255,8 +255,11 @@ static void cuda_report(const Backend *b, FILE *out) {
     CudaBackend *s = (CudaBackend *)b->self;
     Arena a = cuda_layout(b, s, (char *)s->memory);
     double nccl = (double)s->free_at_first - (double)s->free_bytes;
-    fprintf(out, "device              %s, bf16 with float32 master weights", s->device);
-    b->peak_flops > 0 ? fprintf(out, "; mfu is of %.0f TFLOP/s\n", 1e-12 * b->peak_flops) : fprintf(out, "; peak not known: no mfu\n");
+    char peak[64] = "no mfu: its peak is not listed";
+    if (b->peak_flops > 0) {
+        snprintf(peak, sizeof peak, "mfu is of %.0f TFLOP/s", 1e-12 * b->peak_flops);
+    }
+    fprintf(out, "device              %s, bf16 with float32 master weights; %s\n", s->device, peak);
     for (int i = 0; i < PURPOSES; i++) {
         bool share = backend_sharded(b) && (i == FOR_MASTER || i == FOR_ADAM);
         if (a.by_purpose[i] > 0) {
