@@ -124,15 +124,24 @@ def curves_apart(a, b):
     return max(abs(x - y) for x, y in list(zip(*means))[len(means[0]) // 2 :])
 
 
-def check_again(t, page, runs, again):
-    """Runs that were begun again, and the earlier run of `paper` that took another path than `off`."""
+def check_again(t, page, runs, again, h200):
+    """The earlier run of `paper` that took another path than `off`, the run of `off` that took that one too, and those on H200."""
     off, other = runs["off"], again["paper"]
-    for name, like in (("off", other), ("paper@2", runs["paper@2"]), ("transformer", runs["transformer"])):
-        steps = len(again[name]["loss"])
-        for what in ("loss", "grad_norm"):
-            t.equal(again[name][what], like[what][:steps], f"training.md: {what} of `{name}`, begun again")
-    page.says(f"its first {len(again['off']['loss'])} losses and gradient norms are those of that run")
-    page.says(f"for all of {len(again['paper@2']['loss'])} and {len(again['transformer']['loss'])} steps")
+    steps = len(again["off"]["loss"])
+    for what in ("loss", "grad_norm"):
+        t.equal(again["off"][what], other[what][:steps], f"training.md: {what} of `off`, begun again")
+    for what in ("loss", "grad_norm", "validation"):
+        for name in ("paper@2", "transformer"):
+            t.equal(h200[name][what], runs[name][what], f"training.md: {what} of `{name}` on H200")
+    page.says(f"its first {steps} losses and gradient norms are those of that run")
+    page.says(
+        f"`off` took a third, with other losses from step {first_apart(h200['off']['loss'], off['loss'])} on, and ended at "
+        f"{h200['off']['validation'][-1][1]:.4f}, with {h200['off']['tokens_per_s']:,.0f} tokens/s"
+    )
+    t.equal(first_apart(h200["off"]["loss"], other["loss"]), 2, "training.md: the third path is not the second")
+    page.says(f"at {h200['paper@2']['tokens_per_s']:,.0f} and {h200['transformer']['tokens_per_s']:,.0f} tokens/s")
+    last = [run["validation"][-1][1] for run in (off, runs["paper"], runs["tight"], other, h200["off"])]
+    page.says(f"ended between {min(last):.4f} and {max(last):.4f}")
     norms = [run["grad_norm"][0] for run in (other, off)]
     t.check(norms[0] != norms[1], "training.md: gradient norms of step 1")
     page.says(f"At {other['commit']} `paper` took the other one: the gradient norm of step 1 was {norms[0]:.5f} and not {norms[1]:.5f}")
@@ -157,7 +166,7 @@ def check_training(t):
     for what in ("loss", "grad_norm", "validation"):
         t.equal(runs["paper"][what], off[what], f"training.md: {what} of `paper` and of `off`")
     page.says(f"all {len(off['loss'])} losses, gradient norms and validations are the same to the last digit")
-    check_again(t, page, runs, read("quality_125m_again")["runs"])
+    check_again(t, page, runs, read("quality_125m_again")["runs"], read("quality_125m_h200")["runs"])
     page.says(f"its losses are those of `off` up to step {first_apart(off['loss'], tight['loss']) - 1}")
     last = {name: run["validation"][-1][1] for name, run in runs.items()}
     below = {name: last["off"] - last[name] for name in ("paper", "tight", "paper@2", "transformer")}
@@ -543,7 +552,7 @@ def check_readme(t, ratios):
         page.row("125M, 100M tokens", label, [runs[name]["tokens_per_s"], runs[name]["validation"][-1][1]])
     several = [run for run in read("scaling_4gpu")["runs"] if run["gpus"] > 1]
     two, four = ([100 * run["ratio_to_one_gpu"] for run in several if run["gpus"] == n] for n in (2, 4))
-    page.says(f"Two H100 train at {span(two, '.1f')}%, four at {span(four, '.1f')}%")
+    page.says(f"Two H200 train at {span(two, '.1f')}%, four at {span(four, '.1f')}%")
     t.equal(runs["paper"]["loss"], runs["off"]["loss"], "README: losses of `paper` and of `off`")
     page.says("`paper` had the same loss as `off` at every step")
     page.says(f"`tight` ends {runs['off']['validation'][-1][1] - runs['tight']['validation'][-1][1]:.4f} below `off`")
