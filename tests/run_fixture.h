@@ -190,12 +190,12 @@ static bool run_fixture_create(Tests *t, RunFixture *f) {
     FoxError err = {{0}};
     char *scratch = realpath(t->scratch, NULL), *program = realpath(t->train_fox, NULL);
     bool found = check(t, scratch != NULL && program != NULL, "%s and %s are there", t->scratch, t->train_fox);
-    snprintf(f->root, sizeof f->root, "%s/runs_XXXXXX", found ? scratch : "");
+    snprintf(f->root, sizeof f->root, "%s/runs_XXXXXX", found ? scratch : ""); // a new one each time: groups use the same names in it
     snprintf(f->program, sizeof f->program, "%s", found ? program : "");
     free(scratch);
     free(program);
     if (!found || !check(t, mkdtemp(f->root) != NULL, "a folder for the tests of runs: %s", strerror(errno))) {
-        return false; // one for each group: several use the same names of runs
+        return false;
     }
     snprintf(f->data, sizeof f->data, "%s/data", f->root);
     bool ok = make_directories(f->data, &err) && run_make_model(f, &err);
