@@ -131,7 +131,7 @@ def check_again(t, page, runs, again, h200):
     for what in ("loss", "grad_norm"):
         t.equal(again["off"][what], other[what][:steps], f"training.md: {what} of `off`, begun again")
     for what in ("loss", "grad_norm", "validation"):
-        for name in ("paper@2", "transformer"):
+        for name in ("paper@2", "transformer", "tight"):
             t.equal(h200[name][what], runs[name][what], f"training.md: {what} of `{name}` on H200")
     page.says(f"its first {steps} losses and gradient norms are those of that run")
     page.says(
@@ -139,7 +139,7 @@ def check_again(t, page, runs, again, h200):
         f"{h200['off']['validation'][-1][1]:.4f}, with {h200['off']['tokens_per_s']:,.0f} tokens/s"
     )
     t.equal(first_apart(h200["off"]["loss"], other["loss"]), 2, "training.md: the third path is not the second")
-    page.says(f"at {h200['paper@2']['tokens_per_s']:,.0f} and {h200['transformer']['tokens_per_s']:,.0f} tokens/s")
+    page.says("at {:,.0f}, {:,.0f} and {:,.0f} tokens/s".format(*(h200[name]["tokens_per_s"] for name in ("paper@2", "transformer", "tight"))))
     last = [run["validation"][-1][1] for run in (off, runs["paper"], runs["tight"], other, h200["off"])]
     page.says(f"ended between {min(last):.4f} and {max(last):.4f}")
     norms = [run["grad_norm"][0] for run in (other, off)]
