@@ -39,7 +39,7 @@ static const TestGroup groups[] = {
     {"checker", test_checker},     {"layers", test_layers},       {"fixtures", test_fixtures}, {"acp", test_acp},
     {"data", test_data},           {"options", test_options},     {"files", test_files},       {"checkpoint", test_checkpoint},
     {"tokenizer", test_tokenizer}, {"sampler", test_sampler},     {"runs", test_runs},
-    {"eval", test_eval},           {"ranks", test_ranks},
+    {"eval", test_eval},           {"ranks", test_ranks},         {"ranks_killed", test_ranks_killed},
 #ifdef FOX_CUDA
     {"cuda_layers", test_cuda_layers}, {"cuda_attention", test_cuda_attention}, {"cuda_model", test_cuda_model},
     {"cuda_runs", test_cuda_runs}, {"cuda_eval", test_cuda_eval},     {"cuda_ranks", test_cuda_ranks},

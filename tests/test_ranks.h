@@ -522,7 +522,11 @@ static void test_ranks_loss(Tests *t, const RankFixture *f, const char *hash) {
 
 /* Random ranks are killed at random moments of a run that checkpoints at every step: it always goes on, and ends as one that
  * was left alone. */
-static void test_ranks_kills(Tests *t, const RankFixture *f) {
+static void test_ranks_killed(Tests *t) {
+    RankFixture fixture, *f = &fixture;
+    if (!ranks_fixture_create(t, f, 4, false)) {
+        return;
+    }
     const char *wish = getenv("FOX_RANK_KILLS"), *options = "-x 20 -n 1 -b 1 -y";
     int kills = wish != NULL ? atoi(wish) : t->quick ? 1 : 4, killed = 0, finished = 0;
     uint64_t key = data_fresh();
@@ -779,7 +783,6 @@ static void test_ranks(Tests *t) {
     run_hash(&f.run, hash);
     test_ranks_signals(t, &f, hash);
     test_ranks_loss(t, &f, hash);
-    test_ranks_kills(t, &f);
 }
 
 #ifdef FOX_CUDA
