@@ -1,6 +1,7 @@
 /* Tests of runs on several ranks, started by mpirun and by scripts/launch.sh (TCP alone): the same losses on 1, 2 and 4 of
  * them, with and without a sharded optimizer; checkpoints go from any number to any other; a rank that is killed, stopped or
- * hangs ends them all, and what counts as hanging; signals save; refusals. */
+ * hangs ends them all, and what counts as hanging; whatever rank is killed whenever, the run goes on; signals save;
+ * refusals. */
 #ifndef FOX_TEST_RANKS_H
 #define FOX_TEST_RANKS_H
 
@@ -521,7 +522,7 @@ static void test_ranks_loss(Tests *t, const RankFixture *f, const char *hash) {
 }
 
 /* Random ranks are killed at random moments of a run that checkpoints at every step: it always goes on, and ends as one that
- * was left alone. */
+ * was left alone. $FOX_RANK_KILLS of them, or 4 (quick: 1). */
 static void test_ranks_killed(Tests *t) {
     RankFixture fixture, *f = &fixture;
     if (!ranks_fixture_create(t, f, 4, false)) {
